@@ -1,0 +1,1 @@
+"""The ``maestri`` command: one thin file that finds the room a subcommand lives in."""

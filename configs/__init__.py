@@ -1,0 +1,1 @@
+"""Recipes as YAML files; packaged so that an installed Maestri has them too."""

@@ -1,0 +1,1 @@
+"""The training engine: DeepSpeed, the step, teachers' EMA, checkpoints, schedules, metrics, spans."""

@@ -1,0 +1,1 @@
+"""Judges frozen features: k-NN today."""

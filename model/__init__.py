@@ -1,0 +1,1 @@
+"""Encoder, decoder, heads, teachers, collapse avoidance, and one file per method."""

@@ -1,0 +1,1 @@
+"""Measures the rooms from outside; returns results, prints nothing."""

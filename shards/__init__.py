@@ -1,0 +1,1 @@
+"""A data set on disk: writers, index, readers and checks.  numpy, not torch."""
