@@ -1,0 +1,216 @@
+"""The training loader: an endless iterator of batches whose whole state is a position."""
+
+import time
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maestri.pipelines.batch import Batch
+from maestri.pipelines.config import DataConfig
+from maestri.pipelines.dali import DaliExecutor, GroupShape, PlannedBatch
+from maestri.pipelines.masks import split_indices
+from maestri.pipelines.order import Order, slice_of
+from maestri.pipelines.reader import CheckedReader
+from maestri.pipelines.views import GLOBAL, ViewsConfig, plan_views
+from maestri.shards.shard_set import ShardSet
+
+
+class Loader:
+    """An endless iterator of this rank's batches, on its device.
+
+    The n-th global batch holds the global positions [n·B, (n+1)·B), whatever the number of ranks, and each rank yields
+    its slice of it.  So the state is one number, the first position not yet taken, and a run may continue on another
+    number of ranks.
+    """
+
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        *,
+        config: DataConfig,
+        views: ViewsConfig,
+        patch: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        global_size: int,
+        num_rows: int | None = None,
+        device: torch.device,
+    ) -> None:
+        """Makes a loader; nothing is read before the first ``next``.
+
+        Args:
+            shard_set: the samples.
+            config: how they are read.
+            views: what is done to them.
+            patch: side of a token in pixels.
+            seed: of order, views and masks.
+            rank: this process's number.
+            world_size: the number of processes.
+            global_size: samples per micro-batch over all ranks.
+            num_rows: rows [0, num_rows) are trained on; all but ``config.holdout`` if None.
+            device: where batches are wanted, and where DALI decodes.
+
+        Raises:
+            ValueError: slices would differ between ranks, no rows are left to train on, or views don't fit patches.
+        """
+        if num_rows is None:
+            num_rows = len(shard_set) - config.holdout
+        if not 0 < num_rows <= len(shard_set):
+            raise ValueError(
+                f"{num_rows} rows to train on, of {len(shard_set)} in the data set with data.holdout {config.holdout}; "
+                f"expected 1 to {len(shard_set)}"
+            )
+        if views.size % patch:
+            raise ValueError(f"views.size is {views.size}; expected a multiple of the encoder's patch, {patch}")
+        self._shard_set = shard_set
+        self._config = config
+        self._views = views
+        self._patch = patch
+        self._seed = seed
+        self._global_size = global_size
+        self._device = device
+        self._slice = slice_of(rank, world_size, global_size)
+        self._order = Order(config.order, num_rows=num_rows, seed=seed)
+        self._reader = CheckedReader(shard_set, num_rows=num_rows, max_bad=config.max_bad)
+        self._executor: DaliExecutor | None = None
+        self._start = 0
+        self._position = 0
+        self._closed = False
+        self.wait_seconds = 0.0
+        """Seconds spent inside ``next`` so far: what the training step waited for data."""
+
+    @property
+    def num_bad(self) -> int:
+        """Different bad samples that this rank has replaced so far."""
+        return self._reader.num_bad
+
+    def __iter__(self) -> "Loader":
+        """Returns itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """Returns the next batch.
+
+        Raises:
+            RuntimeError: the loader is closed.
+            TooManyBadSamples: more bad samples than ``data.max_bad``.
+        """
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        began = time.perf_counter()
+        if self._executor is None:
+            self._executor = self._build_executor()
+        planned, views = next(self._executor)
+        batch = self._assemble(planned, views)
+        self._position += self._global_size
+        self.wait_seconds += time.perf_counter() - began
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the first global position not yet taken, and what must be the same for it to mean the same."""
+        return {"position": self._position, **self._fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues at a saved position, on any number of ranks.
+
+        Raises:
+            ValueError: the state was saved under another seed, order, number of rows or global batch.
+        """
+        expected = self._fingerprint()
+        if state.keys() != {"position", *expected}:
+            raise ValueError(f"the loader's state holds {sorted(state)}; expected {sorted(['position', *expected])}")
+        for name, value in expected.items():
+            if state[name] != value:
+                raise ValueError(f"the loader's state was saved with {name} {state[name]!r}; this run has {value!r}")
+        position = state["position"]
+        if not isinstance(position, int) or position < 0 or position % self._global_size:
+            raise ValueError(f"the loader's position is {position!r}; expected a multiple of {self._global_size}")
+        self._stop_executor()
+        self._start = self._position = position
+
+    def close(self) -> None:
+        """Ends the loader's threads; can be called twice.  The ShardSet stays open, and batches handed out valid."""
+        self._closed = True
+        self._stop_executor()
+
+    def __enter__(self) -> "Loader":
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes the loader."""
+        self.close()
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return {
+            "seed": self._seed,
+            "order": self._config.order.kind,
+            "num_rows": self._order.num_rows,
+            "global_size": self._global_size,
+        }
+
+    def _build_executor(self) -> DaliExecutor:
+        return DaliExecutor(
+            self._plan,
+            shapes={GLOBAL: GroupShape(count=self._views.count, size=self._views.size)},
+            batch_size=self._slice.stop - self._slice.start,
+            device=self._device,
+            interpolation=self._views.interpolation,
+            antialias=self._views.antialias,
+            num_threads=self._config.num_threads,
+            prefetch=self._config.prefetch,
+        )
+
+    def _stop_executor(self) -> None:
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
+
+    def _plan(self, index: int) -> PlannedBatch:
+        """Returns the work of the batch ``index`` after the start: rows, bytes, views, masks."""
+        first = self._start + index * self._global_size + self._slice.start
+        positions = np.arange(first, first + self._slice.stop - self._slice.start, dtype=np.int64)
+        samples = self._reader.read(self._order.rows(positions))
+        plan = plan_views(
+            self._views,
+            seed=self._seed,
+            positions=positions,
+            widths=samples.widths,
+            heights=samples.heights,
+            patch=self._patch,
+        )
+        return PlannedBatch(samples=samples, plan=plan, position=first)
+
+    def _assemble(self, planned: PlannedBatch, views: dict[str, Tensor]) -> Batch:
+        """Returns the batch: the executor's views beside the plan's masks and the rows' labels."""
+        token_mask, visible, masked = {}, {}, {}
+        for name, group in planned.plan.groups.items():
+            token_mask[name] = self._to_device(group.token_mask)
+            visible_tokens, masked_tokens = split_indices(group.token_mask)
+            visible[name] = self._to_device(visible_tokens)
+            masked[name] = self._to_device(masked_tokens)
+        rows = planned.samples.rows
+        return Batch(
+            views=views,
+            token_mask=token_mask,
+            visible=visible,
+            masked=masked,
+            labels=self._to_device(np.asarray(self._shard_set.label(rows), np.int64)),
+            rows=self._to_device(rows),
+            position=planned.position,
+        )
+
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        """Returns the array as a tensor on the device; to a GPU through pinned memory, without waiting."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self._device.type == "cpu":
+            return tensor
+        # torch's allocator keeps the pinned block until the copy is done.
+        return tensor.pin_memory().to(self._device, non_blocking=True)
