@@ -36,14 +36,24 @@ class Method(Protocol):
             targets = method.targets(batch, step)
         outputs = engine(batch)                       # = method.student(batch)
         loss, metrics = method.loss(outputs, targets, step)
+        engine.backward(loss); engine.step()
+        method.commit()                               # or rollback(), where the optimizer step was skipped
     """
 
-    student: nn.Module
-    """``student(batch)`` returns a flat ``dict[str, Tensor]``."""
-    teachers: Mapping[str, Teacher]
-    """By role, e.g. ``labelling_teacher`` and ``reconstruction_teacher``."""
-    state: nn.Module
-    """Queues, centres, codebooks: float32 buffers outside the student, identical on all ranks, saved with it."""
+    @property
+    def student(self) -> nn.Module:
+        """``student(batch)`` returns a flat ``dict[str, Tensor]``; ``student.encoder`` is the encoder."""
+        ...
+
+    @property
+    def teachers(self) -> Mapping[str, Teacher]:
+        """By role, e.g. ``labelling_teacher`` and ``reconstruction_teacher``; each module has an ``encoder``."""
+        ...
+
+    @property
+    def state(self) -> nn.Module:
+        """Queues, centres, codebooks: float32 buffers outside the student, identical on all ranks, saved with it."""
+        ...
 
     def targets(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
         """Returns what the student is asked for; runs under ``no_grad`` and may stage updates of ``state``."""
@@ -55,6 +65,14 @@ class Method(Protocol):
         """Returns the scalar to minimise on this rank, and detached scalar metrics (mean over this rank)."""
         ...
 
-    def features(self, encoder: nn.Module, images: Tensor) -> Mapping[str, Tensor]:
-        """Returns ``{"cls": batch dim, "mean": batch dim}`` of whole uint8 ``batch 3 height width`` images."""
+    def monitors(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns scalars that tell of collapse, too dear for every step: called once per logging period."""
+        ...
+
+    def commit(self) -> None:
+        """Makes the updates of ``state`` that this micro-step staged."""
+        ...
+
+    def rollback(self) -> None:
+        """Forgets them: the optimizer step was skipped."""
         ...

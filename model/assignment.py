@@ -1,0 +1,109 @@
+"""Teachers' scores → pseudo labels that do not collapse: Sinkhorn, centring, ME-MAX; and what watches for collapse."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from maestri.model.collectives import max_over_ranks, mean_over_ranks_with_gradient, sum_over_ranks, world_size
+
+Balance = Literal["sinkhorn", "centring", "none"]
+
+
+def sinkhorn(scores: Tensor, *, temperature: float, iterations: int = 3) -> Tensor:
+    """Returns soft labels ``sample proto``, float32, rows sum to 1, prototypes used alike over all ranks' samples.
+
+    SwAV (arXiv 2006.09882), algorithm 1, in the scaled form: only the two scaling vectors are iterated, and the
+    maximum over all ranks is taken off first, so that no score can overflow.
+
+    Args:
+        scores: ``sample proto`` of this rank, e.g. cosine similarities; every rank has as many samples.
+        temperature: divides the scores.
+        iterations: pairs of (prototype, sample) normalisations.
+    """
+    scores = scores.float() / temperature
+    kernel = (scores - max_over_ranks(scores.max().clone())).exp()
+    num_samples, num_prototypes = kernel.shape[0] * world_size(), kernel.shape[1]
+    sample_scale = torch.full((kernel.shape[0],), 1.0 / num_samples, device=kernel.device)
+    prototype_scale = torch.ones(num_prototypes, device=kernel.device)
+    for _ in range(iterations):
+        totals = sum_over_ranks(sample_scale @ kernel)
+        prototype_scale = 1.0 / (num_prototypes * totals.clamp_min(torch.finfo(torch.float32).tiny))
+        sample_scale = 1.0 / (num_samples * (kernel @ prototype_scale).clamp_min(torch.finfo(torch.float32).tiny))
+    return kernel * prototype_scale * (num_samples * sample_scale)[:, None]
+
+
+class Assigner(nn.Module):
+    """One level of pseudo labels (class or data tokens): a balance device and its state.
+
+    ``labels`` stages an update of the centre, ``commit`` makes it: a skipped step must leave no trace.
+    """
+
+    center: Tensor
+
+    def __init__(self, balance: Balance, *, num_prototypes: int, center_momentum: float = 0.9) -> None:
+        super().__init__()
+        self.balance = balance
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(num_prototypes))
+        self._staged: Tensor | None = None
+
+    def labels(self, scores: Tensor, *, temperature: float) -> Tensor:
+        """Returns float32 soft labels ``sample proto`` for teacher scores of the same shape."""
+        scores = scores.float()
+        if self.balance == "sinkhorn":
+            return sinkhorn(scores, temperature=temperature)
+        if self.balance == "centring":
+            mean = sum_over_ranks(scores.mean(dim=0)) / world_size()
+            self._staged = self.center_momentum * self.center + (1 - self.center_momentum) * mean
+            return torch.softmax((scores - self.center) / temperature, dim=-1)
+        return torch.softmax(scores / temperature, dim=-1)
+
+    def commit(self) -> None:
+        """Makes the staged update of the centre."""
+        if self._staged is not None:
+            self.center.copy_(self._staged)
+            self._staged = None
+
+    def rollback(self) -> None:
+        """Forgets the staged update."""
+        self._staged = None
+
+
+def cross_entropy(labels: Tensor, scores: Tensor, *, temperature: float) -> Tensor:
+    """Returns H(labels, softmax(scores / temperature)) per sample, float32 ``sample``; labels sum to 1 per sample."""
+    logits = scores.float() / temperature
+    expected: Tensor = (labels * logits).sum(dim=-1)
+    return torch.logsumexp(logits, dim=-1) - expected
+
+
+def me_max(scores: Tensor, *, temperature: float) -> Tensor:
+    """Returns log K − H(mean prediction over all ranks' samples), ≥ 0; MSN (arXiv 2204.07141), equation 2."""
+    mean = torch.softmax(scores.float() / temperature, dim=-1).mean(dim=0)
+    mean = mean_over_ranks_with_gradient(mean)
+    negative_entropy: Tensor = torch.special.xlogy(mean, mean).sum()
+    return math.log(scores.shape[-1]) + negative_entropy
+
+
+@torch.no_grad()
+def mutual_information(scores: Tensor, *, temperature: float, limit: int = 4096) -> tuple[Tensor, Tensor]:
+    """Returns ``(H(mean p) − mean H(p), mean H(p))`` of softmax(scores / temperature), as shares of log K.
+
+    0 is collapse, whether all samples agree or no sample says anything; taken before Sinkhorn, which would hide
+    it.  Over the first ``limit`` samples of this rank: it is a monitor.
+    """
+    p = torch.softmax(scores[:limit].float() / temperature, dim=-1)
+    mean = p.mean(dim=0)
+    scale = math.log(scores.shape[-1])
+    mean_entropy = torch.special.entr(p).sum(dim=-1).mean()
+    return (torch.special.entr(mean).sum() - mean_entropy) / scale, mean_entropy / scale
+
+
+@torch.no_grad()
+def rank_me(features: Tensor) -> Tensor:
+    """Returns the effective rank of ``sample dim``: RankMe (arXiv 2210.02885), exp of the singular values' entropy."""
+    values = torch.linalg.svdvals(features.float())
+    share = values / values.sum().clamp_min(1e-12)
+    entropy: Tensor = torch.special.entr(share).sum()
+    return entropy.exp()

@@ -1,0 +1,35 @@
+"""Sums over the ranks of one micro-step; on one process they are the identity."""
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
+
+
+def world_size() -> int:
+    """Returns the number of ranks that share a micro-step."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Returns the sum over all ranks; without gradient, and in place on ``value``."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def max_over_ranks(value: Tensor) -> Tensor:
+    """Returns the elementwise maximum over all ranks; without gradient, and in place on ``value``."""
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+def mean_over_ranks_with_gradient(value: Tensor) -> Tensor:
+    """Returns the mean over all ranks; gradients flow back to every rank's ``value``.
+
+    The engine averages gradients over ranks, so a loss of this mean, computed on every rank, has the gradient that
+    one process holding all samples would have.
+    """
+    if world_size() == 1:
+        return value
+    return differentiable_all_reduce(value) / world_size()  # type: ignore[no-any-return, no-untyped-call]

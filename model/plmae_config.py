@@ -1,0 +1,129 @@
+"""The switches of PL-MAE."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from maestri.model.assignment import Balance
+from maestri.model.decoder import DecoderConfig
+from maestri.model.heads import HeadConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LevelConfig:
+    """One level of pseudo labels: of images (class token) or of patches (data tokens)."""
+
+    weight: float = 1.0
+    """Weight of this level's cross-entropy in the loss; 0 leaves the level out."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """Projection and prototypes; the student's and, by EMA, the labelling teacher's."""
+    balance: Balance = "sinkhorn"
+    """What keeps the teacher's labels from collapse."""
+    me_max: float = 0.0
+    """Weight of log K − H(mean student prediction), which keeps the student's predictions from collapse."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "me_max"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; a weight of the loss must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MomentumConfig:
+    """m of a teacher, from ``start`` to ``end`` along half a cosine over the run."""
+
+    start: float = 0.996
+    """m at the first step; a half-life is log 2 / (1 − m) steps."""
+    end: float = 1.0
+    """m at the last step."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start <= 1.0 or not 0.0 <= self.end <= 1.0:
+            raise ValueError(f"momentum runs from {self.start} to {self.end}; both must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TemperatureConfig:
+    """Temperatures of the softmaxes over prototypes."""
+
+    student: float = 0.1
+    """Of the student's predictions."""
+    teacher_start: float = 0.04
+    """Of the labels at the first step."""
+    teacher_end: float = 0.07
+    """Of the labels after the warm-up."""
+    warmup: float = 0.1
+    """Fraction of the run over which the labels' temperature rises, linearly."""
+
+    def __post_init__(self) -> None:
+        for name in ("student", "teacher_start", "teacher_end"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"temperature.{name} is {getattr(self, name)}; it must be above 0")
+        if not 0.0 <= self.warmup <= 1.0:
+            raise ValueError(f"temperature.warmup is {self.warmup}; it is a fraction of the run, in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReconstructionConfig:
+    """Token reconstruction at hidden positions."""
+
+    weight: float = 1.0
+    """Weight in the loss; 0 leaves decoder and reconstruction out."""
+    target: Literal["codebook", "frozen_codebook", "head", "features"] = "codebook"
+    """Codes of online k-means; codes fixed at the start; soft labels from an EMA of the student's head (iBOT); or the
+    teacher's layer-normalised features under a smooth L1 loss."""
+    sees: Literal["all", "masked"] = "all"
+    """Whether the reconstruction teacher encodes the whole view, or its hidden patches only (SdAE), which costs
+    less; ignored with one teacher."""
+    codes: int = 8192
+    """Rows of the codebook."""
+    code_momentum: float = 0.99
+    """EMA of the codes, per micro-step."""
+    code_temperature: float = 0.05
+    """Of the balanced assignment of tokens to codes."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """Head under ``target: head``."""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"reconstruction.weight is {self.weight}; a weight of the loss must be at least 0")
+        if self.codes < 2:
+            raise ValueError(f"reconstruction.codes is {self.codes}; at least 2 are needed")
+        if not 0.0 <= self.code_momentum < 1.0:
+            raise ValueError(f"reconstruction.code_momentum is {self.code_momentum}; it must lie in [0, 1)")
+        if self.code_temperature <= 0:
+            raise ValueError(f"reconstruction.code_temperature is {self.code_temperature}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlmaeConfig:
+    """PL-MAE (arXiv 2406.17450).  docs/methods.md says which defaults are the paper's and which are ours."""
+
+    teachers: Literal["two", "one"] = "two"
+    """One teacher labels and another makes reconstruction targets, or one does both (the ablation)."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """Decoder of hidden positions."""
+    class_level: LevelConfig = field(default_factory=LevelConfig)
+    """Pseudo labels of the class token."""
+    class_pairs: Literal["cross", "same"] = "cross"
+    """Labels come from the other views of the image, or from the same view."""
+    data_level: LevelConfig = field(default_factory=LevelConfig)
+    """Pseudo labels of data (patch) tokens, same view, same position."""
+    data_positions: Literal["visible", "masked", "both"] = "visible"
+    """Where data tokens are labelled: at the encoder's outputs, at the decoder's, or at both."""
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    """Token reconstruction."""
+    temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
+    """Temperatures of both levels."""
+    labelling_momentum: MomentumConfig = field(default_factory=MomentumConfig)
+    """EMA of the labelling teacher: encoder and heads."""
+    reconstruction_momentum: MomentumConfig = field(default_factory=lambda: MomentumConfig(start=0.9995))
+    """EMA of the reconstruction teacher: encoder; unused with one teacher."""
+
+    @property
+    def uses_decoder(self) -> bool:
+        """Whether anything is predicted at hidden positions."""
+        return self.reconstruction.weight > 0 or (self.data_level.weight > 0 and self.data_positions != "visible")
+
+    def __post_init__(self) -> None:
+        if self.class_level.weight + self.data_level.weight + self.reconstruction.weight == 0:
+            raise ValueError("plmae: class_level, data_level and reconstruction all have weight 0; nothing is learnt")

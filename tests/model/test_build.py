@@ -1,0 +1,49 @@
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+
+from maestri.model.build import MethodConfig, build_method, check_views
+from maestri.model.decoder import DecoderConfig
+from maestri.model.heads import HeadConfig
+from maestri.model.mae import MaeConfig
+from maestri.model.plmae_config import LevelConfig, PlmaeConfig, ReconstructionConfig
+
+SMALL_HEAD = HeadConfig(hidden=16, layers=2, bottleneck=8, prototypes=8)
+DECODER = DecoderConfig(dim=16, depth=1, heads=2)
+
+
+def small(name):
+    level = LevelConfig(head=SMALL_HEAD)
+    plmae = PlmaeConfig(
+        decoder=DECODER, class_level=level, data_level=level, reconstruction=ReconstructionConfig(codes=8)
+    )
+    return MethodConfig(name=name, plmae=plmae, mae=MaeConfig(decoder=DECODER))
+
+
+NAMES = get_args(get_type_hints(MethodConfig)["name"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_build_method__every_name_builds_its_own(name, encoder_config):
+    method = build_method(small(name), encoder_config, image_size=16, num_steps=10, seed=0)
+    assert type(method).__name__.lower() == name
+
+
+def test_build_method__weights_depend_on_the_seed_alone(encoder_config):
+    torch.manual_seed(1)
+    first = build_method(small("plmae"), encoder_config, image_size=16, num_steps=10, seed=0)
+    before = torch.rand(())
+    second = build_method(small("plmae"), encoder_config, image_size=16, num_steps=10, seed=0)
+    third = build_method(small("plmae"), encoder_config, image_size=16, num_steps=10, seed=1)
+    assert before != torch.rand(())
+    assert all(map(torch.equal, first.student.state_dict().values(), second.student.state_dict().values()))
+    assert not torch.equal(first.student.encoder.cls_token, third.student.encoder.cls_token)
+
+
+def test_check_views__names_the_field():
+    with pytest.raises(ValueError, match=r"views\.count is 1"):
+        check_views(MethodConfig(), num_views=1, num_masked=3)
+    with pytest.raises(ValueError, match=r"views\.mask_ratio"):
+        check_views(MethodConfig(name="mae"), num_views=1, num_masked=0)
+    check_views(MethodConfig(name="mae"), num_views=1, num_masked=3)
