@@ -1,0 +1,236 @@
+"""The configuration of a run: assembled here from the sections of each room."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from maestri.model.build import MethodConfig, check_views
+from maestri.model.encoder import EncoderConfig
+from maestri.pipelines.config import DataConfig
+from maestri.pipelines.masks import num_hidden
+from maestri.pipelines.views import ViewsConfig
+
+MAY_CHANGE = (
+    "out",
+    "resume",
+    "checkpoint",
+    "evaluation",
+    "logging",
+    "data.num_threads",
+    "data.prefetch",
+    "data.max_bad",
+    "data.test_shards",
+    "engine.threads",
+    "engine.timeout_minutes",
+)
+"""Fields and sections that a resumed run may have otherwise: none of them changes what is computed."""
+
+
+def _at_least(section: str, config: Any, lowest: float, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < lowest:
+            raise ValueError(f"{section}.{name} is {getattr(config, name)}; it must be at least {lowest}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """How many images an optimizer step sees."""
+
+    global_size: int = 1024
+    """Images per optimizer step, over all ranks and accumulated micro-batches."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step; statistics across a batch (assignments, ME-MAX) span one micro-batch."""
+
+    def __post_init__(self) -> None:
+        _at_least("batch", self, 1, "global_size", "accumulation")
+        if self.global_size % self.accumulation:
+            raise ValueError(
+                f"batch.global_size is {self.global_size}; it must be a multiple of batch.accumulation "
+                f"({self.accumulation})"
+            )
+
+    @property
+    def micro_size(self) -> int:
+        """Images per micro-batch, over all ranks."""
+        return self.global_size // self.accumulation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    base_lr: float = 5e-4
+    """Peak learning rate at 256 images per optimizer step; it grows linearly with ``batch.global_size``."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the run, not scaled."""
+    warmup: float = 0.05
+    """Linear warm-up: a fraction of the run below 1, optimizer steps from 1 on."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; none on biases, norms, tokens, positions and prototypes."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of first and second moments."""
+    eps: float = 1e-8
+    """AdamW's denominator offset."""
+    clip: float = 0.0
+    """Largest norm of the whole gradient; 0 = no clipping."""
+
+    def __post_init__(self) -> None:
+        _at_least("optimizer", self, 0, "base_lr", "min_lr", "warmup", "weight_decay", "clip")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas is {list(self.betas)}; both must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Precision, device and what DeepSpeed partitions."""
+
+    zero_stage: int = 1
+    """What is partitioned over ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Compute dtype of student and teachers; master weights and teachers' averages are float32 always."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; ``auto`` is CUDA if there is any."""
+    threads: int = 0
+    """torch's CPU threads per rank; 0 = torch's own choice."""
+    timeout_minutes: float = 10.0
+    """A collective that waits longer than this for another rank fails."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"engine.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
+        _at_least("engine", self, 0, "threads")
+        if self.timeout_minutes <= 0:
+            raise ValueError(f"engine.timeout_minutes is {self.timeout_minutes}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written; one always is at the end, and on SIGTERM or SIGINT."""
+
+    every: int = 500
+    """Optimizer steps between checkpoints; 0 = only at the end."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint", self, 0, "every")
+        _at_least("checkpoint", self, 1, "keep")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """k-NN on frozen features of the student and each teacher."""
+
+    every: int = 0
+    """Optimizer steps between evaluations during training; 0 = only at the end."""
+    k: tuple[int, ...] = (20,)
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """Temperature of the votes' weights."""
+    train_images: int = 0
+    """Images of ``data.shards`` used as neighbours; 0 = all that are trained on."""
+    test_images: int = 0
+    """Images classified per evaluation; 0 = all."""
+    crop_fraction: float = 0.875
+    """Side of the centre crop as a fraction of the shorter side: 0.875 is 224 of 256; 1 for small images."""
+    baselines: bool = True
+    """Whether raw pixels and the untrained network are judged too, at the end of the run."""
+    batch_size: int = 256
+    """Images per forward pass, on each rank."""
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation", self, 0, "every", "train_images", "test_images")
+        _at_least("evaluation", self, 1, "batch_size")
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"evaluation.k is {list(self.k)}; give at least one number of neighbours, each at least 1")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"evaluation.crop_fraction is {self.crop_fraction}; it must lie in (0, 1]")
+        if self.temperature <= 0:
+            raise ValueError(f"evaluation.temperature is {self.temperature}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    """What is written and shown while training."""
+
+    every: int = 20
+    """Optimizer steps a row of metrics is the mean of; ranks and device are synchronised this often."""
+    tensorboard: bool = True
+    """Whether metrics are also written for TensorBoard."""
+    verbose: bool = False
+    """Whether the libraries' own notes and warnings are shown."""
+
+    def __post_init__(self) -> None:
+        _at_least("logging", self, 1, "every")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    out: str = ""
+    """Folder of the run: configuration, metrics, checkpoints, pictures."""
+    resume: Literal["auto", "never"] = "auto"
+    """``auto`` continues the run found in ``out``; ``never`` starts over and discards that run's checkpoints."""
+    seed: int = 0
+    """Of weights, order, views and masks."""
+    steps: int = 10_000
+    """Optimizer steps of the whole run; every schedule ends with it."""
+    data: DataConfig
+    """Where samples come from."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """Crops, flips and masks."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """The network that is trained."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """What it is trained for."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """Batch sizes."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """DeepSpeed and the device."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation during training."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Metrics and display."""
+
+    def __post_init__(self) -> None:
+        _at_least("run", self, 1, "steps")
+        _at_least("run", self, 0, "seed")
+        if self.views.size % self.encoder.patch:
+            raise ValueError(
+                f"views.size is {self.views.size}; it must be a multiple of encoder.patch ({self.encoder.patch})"
+            )
+        num_tokens = (self.views.size // self.encoder.patch) ** 2
+        num_masked = num_hidden(self.views.mask_ratio, num_tokens)
+        check_views(self.method, num_views=self.views.count, num_masked=num_masked)
+
+
+def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Returns ``"section.field (old → new)"`` for every difference that would change what is computed."""
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        path = prefix + name
+        if path in MAY_CHANGE:
+            continue
+        was, now = old.get(name), new.get(name)
+        if isinstance(was, dict) and isinstance(now, dict):
+            changes += changed_fields(was, now, f"{path}.")
+        elif was != now:
+            changes.append(f"{path} ({was} → {now})")
+    return changes
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """Returns a dataclass as nested dicts of plain values, tuples as lists, as YAML and JSON store them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    plain_dict: dict[str, Any] = plain(dataclasses.asdict(config))
+    return plain_dict

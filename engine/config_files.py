@@ -1,0 +1,169 @@
+"""Reading a configuration from YAML and flags, and writing the resolved one beside the run."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar, get_type_hints
+
+import tyro
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from maestri.engine.config import RunConfig, as_plain
+
+Config = TypeVar("Config")
+RECORDED_PACKAGES: tuple[str, ...] = ("maestri", "torch", "torchvision", "timm", "deepspeed", "numpy")
+RECORDED_PACKAGES += ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+
+
+def field_paths(schema: type, prefix: str = "") -> Iterator[str]:
+    """Yields every ``section.field`` of a dataclass, sections themselves included."""
+    hints = get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        path = prefix + item.name
+        yield path
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from field_paths(hints[item.name], f"{path}.")
+
+
+def did_you_mean(wrong: str, known: Sequence[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the known name nearest to a wrong one, or an empty string."""
+    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
+    if not close:
+        leaf = wrong.rpartition(".")[2]
+        same_leaf = [path for path in known if path.rpartition(".")[2] == leaf]
+        close = same_leaf[:1]
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def load_config(path: str | Path, arguments: Sequence[str] = ()) -> RunConfig:
+    """Returns a run's configuration from a YAML file and flags; see ``load``."""
+    return load(RunConfig, path, arguments)
+
+
+def load(schema: type[Config], path: str | Path, arguments: Sequence[str] = ()) -> Config:
+    """Returns the configuration: the schema's defaults, the YAML file over them, then ``--section.field VALUE`` flags.
+
+    Raises:
+        ValueError: missing or unreadable file, unknown key or flag, wrong type or value; one line that names it.
+        SystemExit: ``--help``, with code 0.
+    """
+    known = list(field_paths(schema))
+    _check_flags(arguments, known)
+    return _apply_flags(_read(Path(path), arguments, schema, known), arguments)
+
+
+def _read(path: Path, arguments: Sequence[str], schema: type[Config], known: Sequence[str]) -> Config:
+    """Returns the defaults with the file over them; required fields may also be among the flags."""
+    if not path.is_file():
+        raise ValueError(f"there is no configuration {path}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
+        for name in OmegaConf.missing_keys(merged):  # a whole section first, then the fields that it lacks
+            if any(path.startswith(f"{name}.") for path in known):
+                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([f"{name}={{}}"]))
+        for name in sorted(OmegaConf.missing_keys(merged)):
+            if f"--{name}" not in arguments[:-1]:
+                raise ValueError(f"{name} is not set; write it there or give --{name} VALUE")
+            value = arguments[arguments.index(f"--{name}") + 1]
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([f"{name}={value}"]))
+        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]  # typed as Any container
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        raise ValueError(f"{path}: unknown key '{key}'{did_you_mean(key, known)}") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {error.full_key or 'configuration'}: {_first_line(error)}") from None
+    except YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (TypeError, UnicodeDecodeError):
+        raise ValueError(f"{path}: a configuration is a mapping of sections, as in configs/demo.yaml") from None
+    except ValueError as error:  # a range check of the configuration itself
+        raise ValueError(f"{path}: {_first_line(error)}") from None
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _check_flags(arguments: Sequence[str], known: Sequence[str]) -> None:
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+        if argument.startswith("--") and name != "help" and name not in known:
+            flags = [f"--{path}" for path in known]
+            raise ValueError(f"unknown flag '{argument}'{did_you_mean(f'--{name}', flags)}")
+
+
+def _apply_flags(config: Config, arguments: Sequence[str]) -> Config:
+    """Returns ``config`` with flags applied; tyro's framed messages become one line."""
+    if {"--help", "-h"} & set(arguments):
+        return tyro.cli(type(config), default=config, args=arguments, config=(tyro.conf.FlagConversionOff,))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return tyro.cli(type(config), default=config, args=arguments, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit:
+        raise ValueError(_unframed(said.getvalue())) from None
+
+
+def _unframed(text: str) -> str:
+    """Returns the message inside one of tyro's frames (title, rule, message, rule, hints) as one line."""
+    parts: list[list[str]] = [[]]
+    for line in text.splitlines():
+        content = line.strip(" │|╭╮╰╯+")
+        if content and not content.strip("─-"):
+            parts.append([])
+        else:
+            parts[-1].append(content)
+    message = " ".join(parts[1] if len(parts) > 1 else parts[0]).strip()
+    return message or "flags could not be read"
+
+
+def commit_of(folder: Path) -> str:
+    """Returns the git commit of a checkout, with ``+changes`` if files differ from it; empty outside of git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def save_config(config: RunConfig, out: Path) -> None:
+    """Writes ``out/config.yaml``: the resolved configuration, headed by commit and versions as comments."""
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    header = [f"# commit: {commit_of(Path(__file__).resolve().parent) or 'unknown'}"]
+    header += [f"# {name}: {version}" for name, version in versions.items()]
+    body = OmegaConf.to_yaml(OmegaConf.create(as_plain(config)))
+    write_atomically(out / "config.yaml", "\n".join(header) + "\n" + body)
+
+
+def read_config(run: Path) -> RunConfig:
+    """Returns the configuration a run was started with; raises ValueError if ``run`` is not a run."""
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is not a run: it has no config.yaml")
+    return load_config(run / "config.yaml")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that it is whole or absent, also after a crash."""
+    draft = path.with_name(f".{path.name}.tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

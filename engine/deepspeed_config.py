@@ -1,0 +1,40 @@
+"""The one place where a run's configuration becomes DeepSpeed's."""
+
+from typing import Any
+
+from maestri.engine.config import BatchConfig, EngineConfig, OptimizerConfig
+
+
+def deepspeed_config(
+    *, batch: BatchConfig, optimizer: OptimizerConfig, engine: EngineConfig, world_size: int, on_gpu: bool
+) -> dict[str, Any]:
+    """Returns the dict for ``deepspeed.initialize``.
+
+    AdamW is torch's own, fused on a GPU, so that nothing is compiled at start-up.  The learning rate is set before
+    each step by the training loop, hence no scheduler here.
+    """
+    return {
+        "train_batch_size": batch.global_size,
+        "train_micro_batch_size_per_gpu": batch.micro_size // world_size,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": optimizer.clip,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": 0.0,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
+                "torch_adam": True,
+            }
+            | ({"fused": True} if on_gpu else {}),
+        },
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            # Permutes parameters inside a flat partition behind DeepSpeed's own getters, which then answer wrongly.
+            "round_robin_gradients": False,
+        },
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }

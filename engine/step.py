@@ -1,0 +1,71 @@
+"""One optimizer step, as the algorithm reads."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maestri.engine.spans import span
+from maestri.engine.teachers import Teachers
+from maestri.model.method import Method
+from maestri.pipelines.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step leaves for the log; tensors stay on the device."""
+
+    metrics: Mapping[str, Tensor]
+    """Detached scalars, means over this rank's micro-batches; ``loss`` among them."""
+    applied: bool
+    """Whether the optimizer changed the weights."""
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Sets the learning rate of every optimizer group for the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def train_step(
+    engine: Any, method: Method, teachers: Teachers, batches: Iterator[Batch], step: int, *, monitor: bool = False
+) -> StepResult:
+    """Runs one optimizer step (0-based ``step``) of as many micro-batches as DeepSpeed accumulates.
+
+    Args:
+        engine: DeepSpeed's engine around ``method.student``.
+        monitor: Whether to add the method's dearer figures, of the last micro-batch.
+    """
+    accumulation = engine.gradient_accumulation_steps()
+    totals: dict[str, Tensor] = {}
+    for micro_step in range(accumulation):
+        with span("data"):
+            batch = next(batches)
+        with span("teachers"), torch.no_grad():
+            targets = method.targets(batch, step)
+        with span("student"):
+            outputs = engine(batch)
+        with span("loss"):
+            loss, metrics = method.loss(outputs, targets, step)
+        with span("backward"):
+            engine.backward(loss)  # divides by the number of micro-batches; ranks are averaged
+        with span("optimizer"):
+            engine.step()  # acts on the last micro-batch only
+        is_last = micro_step + 1 == accumulation
+        if engine.was_step_applied() or not is_last:
+            method.commit()
+        else:
+            method.rollback()
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            totals[name] = totals[name] + value if name in totals else value
+    means = {name: total.float() / accumulation for name, total in totals.items()}
+    if monitor:
+        with span("monitor"), torch.no_grad():
+            means |= method.monitors(outputs, targets)
+    applied = bool(engine.was_step_applied())
+    if applied:
+        with span("averages"):
+            teachers.update(step)
+    return StepResult(metrics=means, applied=applied)

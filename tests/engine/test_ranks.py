@@ -1,0 +1,111 @@
+"""Real DeepSpeed on one and two CPU ranks: losses, teachers and checkpoints at every ZeRO stage and precision."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "ranks_program.py"
+ALONE = ["0-fp32-1", "0-bf16-1", "2-fp32-2"]
+TOGETHER = [f"{stage}-{precision}-1" for precision in ("fp32", "bf16") for stage in range(4)] + ["2-fp32-2"]
+
+# Ranks sum gradients, and statistics over the batch, in another order than one rank does.  float32 rounds at 6e-8
+# relative; AdamW divides by a gradient's own size and so lets rounding through unscaled, hence a few units more after
+# some steps: 1.5e-6 measured over 6 steps at a learning rate of 0.01.  bf16 rounds gradients at 4e-3: 8e-4 measured.
+TOLERANCE = {"fp32": 5e-6, "bf16": 5e-3}
+# The average is stored in float32 (6e-8 relative) and each update rounds once: 7e-8 measured after 6 updates.
+AVERAGE_TOLERANCE = 2e-7
+
+Report = dict[str, Any]
+
+
+def launch(out: Path, world_size: int, cases: list[str]) -> list[Report]:
+    """Runs the program in ``world_size`` processes and returns each rank's report."""
+    out.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(world_size):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(PROGRAM), str(out), *cases]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(errors)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return launch(tmp_path_factory.mktemp("ranks") / "one", 1, ALONE)[0]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
+    return launch(tmp_path_factory.mktemp("ranks") / "two", 2, TOGETHER)
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_train_step__two_ranks_have_the_losses_of_one(alone: Report, together: list[Report], case: str) -> None:
+    _, precision, accumulation = case.split("-")
+    reference = alone[f"{'2' if accumulation == '2' else '0'}-{precision}-{accumulation}"]["losses"]
+    for found, expected in zip(together[0][case]["losses"], reference, strict=True):
+        for name in ("loss", "loss_class", "loss_data", "loss_reconstruction"):
+            assert found[name] == pytest.approx(expected[name], rel=TOLERANCE[precision]), name
+    assert together[0][case]["losses"] == together[1][case]["losses"]
+
+
+def test_train_step__first_update_is_whole_at_zero_0_in_bf16(together: list[Report]) -> None:
+    """DeepSpeed's own dummy step would leave AdamW's bias correction one step ahead there."""
+    second = {case: together[0][case]["losses"][1]["loss"] for case in ("0-bf16-1", "1-bf16-1")}
+    assert second["0-bf16-1"] == pytest.approx(second["1-bf16-1"], rel=TOLERANCE["bf16"])
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_teachers__are_the_float64_average_of_the_masters(together: list[Report], case: str) -> None:
+    for report in together:
+        for role, teacher in report[case]["teachers"].items():
+            assert teacher["error"] < AVERAGE_TOLERANCE, role
+            assert teacher["moved"] > 1000 * AVERAGE_TOLERANCE, role
+            assert teacher["all_moved"], role
+            assert teacher["module_is_rounded_average"], role
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_teachers__have_no_gradients(together: list[Report], case: str) -> None:
+    assert all(teacher["no_gradients"] for report in together for teacher in report[case]["teachers"].values())
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_resume__is_bit_equal(together: list[Report], case: str) -> None:
+    for report in together:
+        assert report[case]["resumed_losses_equal"]
+        assert report[case]["resumed_weights_equal"]
+        assert report[case]["resumed_teachers_equal"]
+
+
+def test_resume__refuses_another_model_and_other_settings(alone: Report, together: list[Report]) -> None:
+    for report in (alone, *together):
+        assert "is of another model: 12 parameters differ" in report["refusals"]["model"]
+        assert "holds a run with other settings: case (0-fp32-1 → other)" in report["refusals"]["config"]
+        assert all("\n" not in line for line in report["refusals"].values())
+
+
+def test_save__full_disk_on_one_rank_stops_all_and_keeps_the_checkpoint_before(together: list[Report]) -> None:
+    for report in together:
+        assert "No space left on device" in report["full_disk"]["line"]
+        assert report["full_disk"]["line"].endswith("the checkpoints before it are intact")
+        assert report["full_disk"]["kept"]
+        assert report["full_disk"]["names"] == ["latest", "step_00000003"]

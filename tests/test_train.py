@@ -1,0 +1,183 @@
+"""train.py as a user runs it: one process, two ranks, killed, stopped, misconfigured."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maestri.shards.convert import ConvertConfig, convert
+
+PROGRAM = Path(__file__).resolve().parents[1] / "train.py"
+CONFIG = """
+steps: 24
+seed: 3
+data: {shards: shards, num_threads: 1}
+views: {size: 32}
+encoder: {patch: 8, dim: 32, heads: 2, depth: 2, drop_path: 0.2}
+batch: {global_size: 8}
+method:
+  plmae:
+    decoder: {dim: 24, depth: 1, heads: 2}
+    class_level: {head: {hidden: 32, layers: 2, bottleneck: 16, prototypes: 16}}
+    data_level: {head: {hidden: 32, layers: 2, bottleneck: 16, prototypes: 16}}
+    reconstruction: {codes: 16, head: {hidden: 32, layers: 2, bottleneck: 16, prototypes: 16}}
+engine: {device: cpu, precision: fp32, threads: 1}
+checkpoint: {every: 5, keep: 2}
+logging: {every: 3, tensorboard: false}
+"""
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards of noise, the configuration and one undisturbed run, ``whole``."""
+    folder = tmp_path_factory.mktemp("train")
+    generator = np.random.default_rng(0)
+    for index in range(64):
+        path = folder / "images" / f"class_{index % 4}" / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+    convert(folder / "images", folder / "shards", ConvertConfig(workers=1))
+    (folder / "tiny.yaml").write_text(CONFIG)
+    done = train(folder, "--out", "whole", "--logging.tensorboard", "True")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def command(*flags: str, ranks: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, str(PROGRAM), "tiny.yaml", *flags]
+
+
+def train(folder: Path, *flags: str, ranks: int = 1, file_bytes: int = 0) -> "subprocess.CompletedProcess[str]":
+    """Runs train.py to its end; files larger than ``file_bytes`` fail as on a full disk."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+    return subprocess.run(
+        command(*flags, ranks=ranks),
+        cwd=folder,
+        env=ENVIRONMENT,
+        preexec_fn=limit if file_bytes else None,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def start_and_signal(folder: Path, number: signal.Signals, *, rows: int, flags: list[str]) -> int:
+    """Starts train.py, sends it a signal once ``rows`` rows are logged, and returns its exit code."""
+    log = folder / flags[flags.index("--out") + 1] / "metrics.jsonl"
+    process = subprocess.Popen(command(*flags), cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.is_file() and log.read_text().count("\n") >= rows:
+            break
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def losses_of(run: Path) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["loss_reconstruction"]) for row in rows_of(run)]
+
+
+def one_line(text: str) -> str:
+    """Returns the only line of an error output."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+def test_train__leaves_the_run_in_its_folder(folder: Path) -> None:
+    run = folder / "whole"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "views.png", "tensorboard"}
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step_00000020", "step_00000024"]
+    assert (run / "config.yaml").read_text().startswith("# commit: ")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 24 and summary["images"] == 24 * 8
+    assert summary["images_per_second"] > 0 and 0 <= summary["data_wait_share"] <= 1
+    row = rows_of(run)[0]
+    assert row["step"] == 3 and {"loss", "learning_rate", "momentum_labelling_teacher", "seconds/averages"} <= set(row)
+
+
+def test_train__is_quiet_without_a_terminal(folder: Path) -> None:
+    done = train(folder, "--out", "quiet", "--steps", "3")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert all(line.startswith("step ") for line in done.stdout.splitlines())
+
+
+def test_train__after_sigkill_continues_bit_equal(folder: Path) -> None:
+    code = start_and_signal(folder, signal.SIGKILL, rows=4, flags=["--out", "killed"])
+    assert code == -signal.SIGKILL
+    assert 4 <= len(rows_of(folder / "killed")) < 8
+    again = train(folder, "--out", "killed")
+    assert again.returncode == 0 and "continuing killed after step" in again.stdout
+    assert losses_of(folder / "killed") == losses_of(folder / "whole")
+
+
+def test_train__sigterm_writes_a_checkpoint_and_exits_75(folder: Path) -> None:
+    flags = ["--out", "stopped", "--checkpoint.every", "0"]
+    assert start_and_signal(folder, signal.SIGTERM, rows=2, flags=flags) == 75
+    assert (folder / "stopped" / "checkpoints" / "latest").is_file()
+    assert train(folder, *flags).returncode == 0
+    assert losses_of(folder / "stopped") == losses_of(folder / "whole")
+
+
+def test_train__two_ranks_at_zero_3_equal_one(folder: Path) -> None:
+    flags = ["--engine.zero_stage", "3", "--encoder.drop_path", "0", "--steps", "6", "--logging.every", "1"]
+    flags += ["--data.holdout", "16"]
+    one, two = train(folder, "--out", "one", *flags), train(folder, "--out", "two", *flags, ranks=2)
+    assert one.returncode == two.returncode == 0, two.stderr
+    found, expected = losses_of(folder / "two"), losses_of(folder / "one")
+    for (step, *losses), (_, *references) in zip(found, expected, strict=True):
+        assert losses == pytest.approx(references, rel=5e-6), step
+
+
+def test_train__full_disk_is_one_line_and_keeps_the_checkpoint_before(folder: Path) -> None:
+    flags = ["--out", "full", "--steps", "8"]
+    assert start_and_signal(folder, signal.SIGTERM, rows=1, flags=[*flags, "--logging.every", "1"]) == 75
+    before = (folder / "full" / "checkpoints" / "latest").read_text()
+    done = train(folder, *flags, file_bytes=100_000)
+    assert done.returncode == 1
+    assert "could not write checkpoint" in one_line(done.stderr)
+    checkpoints = folder / "full" / "checkpoints"
+    assert (checkpoints / "latest").read_text() == before
+    assert [path.name for path in checkpoints.glob("*step*")] == [before.strip()]
+    assert train(folder, *flags).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "expected"),
+    [
+        (["--encoder.dept", "3"], 2, "unknown flag '--encoder.dept'; did you mean '--encoder.depth'?"),
+        (["--out", "whole", "--encoder.depth", "1"], 1, "encoder.depth (2 → 1)"),
+        (["--out", "odd", "--batch.global_size", "7"], 1, "the nearest that does: 6 or 8"),
+        (["--out", "none", "--data.shards", "missing"], 1, "there is no folder missing"),
+    ],
+)
+def test_train__bad_input_is_one_line(folder: Path, flags: list[str], code: int, expected: str) -> None:
+    done = train(folder, *flags)
+    assert done.returncode == code
+    assert expected in one_line(done.stderr)
