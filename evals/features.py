@@ -1,0 +1,96 @@
+"""Frozen features of images from shards, through the data path that training uses."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maestri.pipelines.evaluation import evaluation_batches
+from maestri.shards.shard_set import ShardSet
+
+RAW_PIXEL_SIDE = 32
+"""Larger images are averaged down to this side before raw pixels are compared."""
+
+Extractor = Callable[[Tensor], Mapping[str, Tensor]]
+"""uint8 ``batch 3 height width`` → features by pooling, ``batch dim``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSettings:
+    """How evaluation images are made."""
+
+    size: int
+    """Height and width in pixels."""
+    crop_fraction: float
+    """Side of the centre crop as a fraction of the shorter side."""
+    batch_size: int
+    """Images per forward pass, on each rank."""
+    num_threads: int
+    """CPU threads that decode."""
+    device: torch.device
+    """Where features are computed."""
+
+
+def encoder_extractor(encoder: torch.nn.Module) -> Extractor:
+    """Returns features of a ViT: ``cls``, the class token, and ``mean``, the mean of patch tokens, after the norm."""
+
+    def extract(images: Tensor) -> dict[str, Tensor]:
+        tokens = encoder(images)
+        return {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(dim=1)}
+
+    return extract
+
+
+def raw_pixels(images: Tensor) -> dict[str, Tensor]:
+    """Returns ``raw``: the pixels themselves, averaged down to at most 32 × 32."""
+    pixels = images.float()
+    if images.shape[-1] > RAW_PIXEL_SIDE:
+        pixels = F.interpolate(pixels, size=RAW_PIXEL_SIDE, mode="area")
+    return {"raw": pixels.flatten(1)}
+
+
+@torch.no_grad()
+def extract_features(
+    extractors: Mapping[str, Extractor], shard_set: ShardSet, rows: NDArray[np.int64], settings: ImageSettings
+) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+    """Returns ``features[name][pooling]``, float32 ``sample dim``, and labels, int64 ``sample``, in the order of rows.
+
+    Images are read once for all extractors.  Every rank must call it: each takes a share of the rows, as many batches
+    as the others (under ZeRO 3 a forward pass is a collective), and all get the whole result.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    share = -(-len(rows) // world)
+    padded = np.resize(rows, share * world)  # the first rows again; cut off below
+    parts: dict[tuple[str, str], list[Tensor]] = {}
+    labels: list[Tensor] = []
+    batches = evaluation_batches(
+        shard_set,
+        padded[rank * share : (rank + 1) * share],
+        size=settings.size,
+        crop_fraction=settings.crop_fraction,
+        batch_size=settings.batch_size,
+        device=settings.device,
+        num_threads=settings.num_threads,
+    )
+    for images, batch_labels in batches:
+        labels.append(batch_labels.to(settings.device))
+        for name, extract in extractors.items():
+            for pooling, values in extract(images).items():
+                parts.setdefault((name, pooling), []).append(values.float())
+    features: dict[str, dict[str, Tensor]] = {}
+    for (name, pooling), pieces in parts.items():
+        features.setdefault(name, {})[pooling] = _gathered(torch.cat(pieces), world)[: len(rows)]
+    return features, _gathered(torch.cat(labels), world)[: len(rows)]
+
+
+def _gathered(local: Tensor, world: int) -> Tensor:
+    if world == 1:
+        return local
+    whole = local.new_empty((world * len(local), *local.shape[1:]))
+    dist.all_gather_into_tensor(whole, local.contiguous())
+    return whole
