@@ -132,9 +132,7 @@ def finish_run(out: Path, config: RunConfig, report: KnnReport | None, display: 
     """Leaves ``summary.json`` and the plot of a complete run, and shows the final accuracies."""
     knn = knn_summary(report) if report else {}
     write_summary(out, {"images": config.steps * config.batch.global_size, "knn": knn})
-    names = {"raw_pixels": "raw pixels", "random_init": "untrained"}
-    known = {names[name]: entry["top1"] for name, entry in knn.get("top1", {}).items() if name in names}
-    plot_run(read_rows(out / "metrics.jsonl"), out / "curves.png", baselines=known)
+    plot_run(read_rows(out / "metrics.jsonl"), out / "curves.png")
     if report:
         display.show(knn_table(report))
 

@@ -58,13 +58,15 @@ def _cell(split: Mapping[str, Any], model: str, pooling: str, k: int) -> str:
     return f"{split[model][pooling][k]:.2f}" if model in split else "–"
 
 
-def plot_run(rows: Sequence[Mapping[str, Any]], path: Path, *, baselines: Mapping[str, float] | None = None) -> None:
-    """Draws losses and k-NN accuracies of ``metrics.jsonl``'s rows over optimizer steps into a PNG.
+def plot_run(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws losses and held-out k-NN accuracies of ``metrics.jsonl``'s rows over optimizer steps into a PNG.
+
+    Each model is drawn at the pooling and k that are best at the end; raw pixels and the untrained network, known at
+    the end only, are horizontal lines.
 
     Args:
         rows: as ``engine.logs.read_rows`` returns them.
         path: of the PNG.
-        baselines: accuracies drawn as horizontal lines, by name, in percent.
     """
     from matplotlib.figure import Figure
 
@@ -75,17 +77,30 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path, *, baselines: Mappin
     for name in [key for key in (train[-1] if train else {}) if key.startswith(LOSS_PREFIXES)]:
         left.plot([row["step"] for row in train], [row.get(name) for row in train], label=name, linewidth=1.2)
     left.set(xlabel="optimizer step", ylabel="loss (nats)", title="Losses")
-    names = [key for key in (evaluations[-1] if evaluations else {}) if key.startswith("knn/")]
-    for name in names:
-        label = name.removeprefix("knn/").replace("/", ", ")
+    for model, name in best_figures(evaluations[-1] if evaluations else {}).items():
         points = [(row["step"], row[name]) for row in evaluations if name in row]
-        right.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=label)
-    for name, value in (baselines or {}).items():
-        right.axhline(value, linestyle="--", linewidth=1, color="grey")
-        right.annotate(name, (0, value), textcoords="offset points", xytext=(4, 3), fontsize=7, color="grey")
+        label = name.removeprefix("knn/").replace("/", ", ")
+        if model in (RAW_PIXELS, RANDOM_INIT):
+            value = points[-1][1]
+            right.axhline(value, linestyle="--", linewidth=1, color="grey")
+            right.annotate(label, (0, value), textcoords="offset points", xytext=(4, 3), fontsize=7, color="grey")
+        else:
+            right.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=label)
     right.set(xlabel="optimizer step", ylabel="top-1 (%)", title="k-NN on held-out images (model, pooling, k)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
+
+
+def best_figures(row: Mapping[str, Any]) -> dict[str, str]:
+    """Returns, by model, the name of its best ``knn/…`` figure in an evaluation's row."""
+    best: dict[str, str] = {}
+    for name, value in row.items():
+        if not name.startswith("knn/"):
+            continue
+        model = name.split("/")[1]
+        if model not in best or value > row[best[model]]:
+            best[model] = name
+    return best

@@ -25,10 +25,12 @@ class Codebook(nn.Module):
     def __init__(
         self, *, size: int, dim: int, momentum: float = 0.99, temperature: float = 0.05, dead: float = 0.01,
         reseed_every: int = 16, frozen: bool = False, seed: int = 0,
+        num_positions: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.momentum, self.temperature, self.dead = momentum, temperature, dead
         self.reseed_every, self.frozen, self.seed = reseed_every, frozen, seed
+        self.num_positions = num_positions
         self.register_buffer("codes", torch.zeros(size, dim))
         self.register_buffer("sums", torch.zeros(size, dim))
         self.register_buffer("counts", torch.zeros(size))
@@ -37,13 +39,16 @@ class Codebook(nn.Module):
         self._ready = False
 
     @torch.no_grad()
-    def assign(self, tokens: Tensor, *, step: int) -> Tensor:
+    def assign(self, tokens: Tensor, positions: Tensor, *, step: int) -> Tensor:
         """Returns int64 ``view batch token``: the code of each of ``view batch token dim``, and stages the update.
 
         The first call seeds the codes.  Which tokens seed is drawn over all ranks' samples in rank order, so it does
         not depend on the number of ranks.
         """
-        unit = F.normalize(F.layer_norm(tokens.float(), tokens.shape[-1:]), dim=-1)
+        normal = F.layer_norm(tokens.float(), tokens.shape[-1:])
+        if self.num_positions:
+            normal = normal - self._position_means(normal, positions)
+        unit = F.normalize(normal, dim=-1)
         if not self._ready:
             if not self.started:  # a device sync, once a process
                 self._seed(unit, step)
@@ -65,6 +70,16 @@ class Codebook(nn.Module):
     def rollback(self) -> None:
         """Forgets the staged update."""
         self._staged = None
+
+    def _position_means(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Returns, for each token, the mean over all ranks' tokens at its position."""
+        flat, index = tokens.flatten(0, 2), positions.flatten()
+        packed = torch.zeros(self.num_positions, flat.shape[1] + 1, device=flat.device)
+        packed[:, :-1].index_add_(0, index, flat)
+        packed[:, -1] = torch.bincount(index, minlength=self.num_positions)
+        packed = sum_over_ranks(packed)
+        means = packed[:, :-1] / packed[:, -1:].clamp_min(1.0)
+        return means[index].view(tokens.shape)
 
     def _seed(self, unit: Tensor, step: int) -> None:
         self.codes.copy_(self._draw(unit, step))

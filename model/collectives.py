@@ -1,8 +1,10 @@
 """Sums over the ranks of one micro-step; on one process they are the identity."""
 
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 
 def world_size() -> int:
@@ -32,4 +34,17 @@ def mean_over_ranks_with_gradient(value: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return value
-    return differentiable_all_reduce(value) / world_size()  # type: ignore[no-any-return, no-untyped-call]
+    mean: Tensor = _Mean.apply(value)
+    return mean
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over ranks; so is its gradient's.  (torch's own differentiable all-reduce is deprecated.)"""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        return sum_over_ranks(value.clone()) / world_size()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return sum_over_ranks(gradient.clone()) / world_size()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maestri.model.collectives import mean_over_ranks_with_gradient
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadConfig:
@@ -19,6 +21,9 @@ class HeadConfig:
     """Width of the normalised projection."""
     prototypes: int = 8192
     """Pseudo classes K."""
+    standardise: bool = False
+    """Whether projections get mean 0 and variance 1 over the micro-batch (all ranks) before the L2 norm: what all
+    samples share then cannot hide what tells them apart."""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "bottleneck"):
@@ -38,6 +43,7 @@ class Head(nn.Module):
         for index, (wide_in, wide_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
             layers += [nn.Linear(wide_in, wide_out)] + [nn.GELU()] * (index < config.layers - 1)
         self.mlp = nn.Sequential(*layers)
+        self.standardise = config.standardise
         self.prototypes = nn.Parameter(torch.empty(config.prototypes, config.bottleneck))
         for module in self.mlp:
             if isinstance(module, nn.Linear):
@@ -47,5 +53,20 @@ class Head(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns ``… prototypes`` for ``… dim``; prototypes are normalised here, so weight decay can't touch them."""
-        projection = F.normalize(self.mlp(tokens), dim=-1)
+        projection = self.mlp(tokens)
+        if self.standardise:
+            projection = standardised(projection)
+        projection = F.normalize(projection, dim=-1)
         return F.linear(projection, F.normalize(self.prototypes, dim=-1))
+
+
+def standardised(values: Tensor) -> Tensor:
+    """Returns ``… dim`` with mean 0 and variance 1 over everything but the last axis, on all ranks.
+
+    Batch normalisation without affine and without running statistics: heads are not used after training.
+    """
+    flat = values.float().flatten(0, -2)
+    centred = flat - mean_over_ranks_with_gradient(flat.mean(dim=0))
+    variance = mean_over_ranks_with_gradient(centred.square().mean(dim=0))
+    result: Tensor = centred * (variance + 1e-6).rsqrt()
+    return result.view(values.shape).to(values.dtype)

@@ -68,7 +68,7 @@ class Plmae:
     def __init__(self, encoder: Encoder, config: PlmaeConfig, *, num_steps: int, seed: int) -> None:
         self.student = PlmaeStudent(encoder, config)
         self.teachers = _teachers(self.student, config, num_steps=num_steps)
-        self.state = _state(config, dim=encoder.embed_dim, seed=seed)
+        self.state = _state(config, encoder, seed=seed)
         self._config = config
         self._num_steps = num_steps
 
@@ -108,7 +108,7 @@ class Plmae:
                 teacher = self.teachers["reconstruction_teacher"].module.get_submodule("encoder")
                 sees_masked = config.reconstruction.sees == "masked"
                 hidden = teacher(images, masked)[:, 1:] if sees_masked else take(teacher(images)[:, 1:], masked)
-            targets["reconstruction"] = self._reconstruction_targets(hidden, num_views, temperature, step)
+            targets["reconstruction"] = self._reconstruction_targets(hidden, batch.masked["global"], temperature, step)
         return targets
 
     def loss(
@@ -167,7 +167,7 @@ class Plmae:
         assert isinstance(assigner, Assigner)
         return assigner.labels(scores, temperature=temperature)
 
-    def _reconstruction_targets(self, hidden: Tensor, num_views: int, temperature: float, step: int) -> Tensor:
+    def _reconstruction_targets(self, hidden: Tensor, masked: Tensor, temperature: float, step: int) -> Tensor:
         """Returns codes (int64 ``view·batch masked``), soft labels (``… code``) or features (``… dim``)."""
         target = self._config.reconstruction.target
         if target == "features":
@@ -178,8 +178,8 @@ class Plmae:
             return self._labels("reconstruction", scores.flatten(0, 1), temperature).view(scores.shape)
         codebook = self.state.get_submodule("codebook")
         assert isinstance(codebook, Codebook)
-        by_view = hidden.view(num_views, -1, *hidden.shape[1:])
-        return codebook.assign(by_view, step=step).flatten(0, 1)
+        by_view = hidden.view(*masked.shape, hidden.shape[-1])
+        return codebook.assign(by_view, masked, step=step).flatten(0, 1)
 
     def _reconstruction_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         target = self._config.reconstruction.target
@@ -251,7 +251,7 @@ def _teachers(student: PlmaeStudent, config: PlmaeConfig, *, num_steps: int) -> 
     return teachers
 
 
-def _state(config: PlmaeConfig, *, dim: int, seed: int) -> nn.Module:
+def _state(config: PlmaeConfig, encoder: Encoder, *, seed: int) -> nn.Module:
     state = nn.Module()
     for name, level in (("class_level", config.class_level), ("data_level", config.data_level)):
         if level.weight:
@@ -262,7 +262,8 @@ def _state(config: PlmaeConfig, *, dim: int, seed: int) -> nn.Module:
     elif settings.weight and settings.target != "features":
         codebook = Codebook(
             size=settings.codes,
-            dim=dim,
+            dim=encoder.embed_dim,
+            num_positions=encoder.num_tokens if settings.code_centre == "position" else 0,
             momentum=settings.code_momentum,
             temperature=settings.code_temperature,
             frozen=settings.target == "frozen_codebook",

@@ -80,6 +80,9 @@ class ReconstructionConfig:
     """EMA of the codes, per micro-step."""
     code_temperature: float = 0.05
     """Of the balanced assignment of tokens to codes."""
+    code_centre: Literal["none", "position"] = "none"
+    """``position`` takes off each position's mean over the micro-batch first, so that codes tell what is there and not
+    where it is."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """Head under ``target: head``."""
 

@@ -1,7 +1,7 @@
 import pytest
 
 from maestri.evals.protocol import KnnReport
-from maestri.evals.report import figures, plot_run, summary, table
+from maestri.evals.report import best_figures, figures, plot_run, summary, table
 
 HELD = {
     "student": {"cls": {10: 70.0, 20: 71.0}, "mean": {10: 80.0, 20: 79.0}},
@@ -48,5 +48,11 @@ def test_plot_run__writes_a_picture(tmp_path, with_rows):
     if with_rows:
         rows = [{"kind": "train", "step": s, "loss": 5.0 / s, "loss_class": 1.0} for s in (1, 2, 3)]
         rows += [{"kind": "evaluation", "step": s, "knn/student/mean/20": 10.0 * s} for s in (0, 3)]
-    plot_run(rows, tmp_path / "curves.png", baselines={"raw pixels": 84.0})
+        rows[-1]["knn/raw_pixels/raw/20"] = 84.0
+    plot_run(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_best_figures__one_for_each_model():
+    row = {"step": 3, "knn/student/cls/10": 1.0, "knn/student/mean/10": 2.0, "knn/raw_pixels/raw/10": 9.0}
+    assert best_figures(row) == {"student": "knn/student/mean/10", "raw_pixels": "knn/raw_pixels/raw/10"}

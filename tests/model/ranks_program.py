@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from maestri.model.assignment import Assigner, me_max, sinkhorn
 from maestri.model.codebook import Codebook
+from maestri.model.heads import standardised
 
 
 def main(rank: int, world_size: int, store: str, out: str) -> None:
@@ -23,13 +24,17 @@ def main(rank: int, world_size: int, store: str, out: str) -> None:
     center = Assigner("centring", num_prototypes=12)
     center.labels(scores, temperature=0.1)
     center.commit()
-    codebook = Codebook(size=6, dim=8, reseed_every=2)
+    codebook = Codebook(size=6, dim=8, reseed_every=2, num_positions=5)
+    positions = torch.rand(2, 32, 5, generator=generator).argsort(-1)[:, share]
     for step in range(4):
-        codes = codebook.assign(tokens, step=step)
+        codes = codebook.assign(tokens, positions, step=step)
         codebook.commit()
     leaf = scores.clone().requires_grad_(True)
     spread = me_max(leaf, temperature=0.1)
     spread.backward()
+    projection = tokens.clone().requires_grad_(True)
+    standard = standardised(projection)
+    standard.pow(3).mean().backward()
     result = {
         "sinkhorn": sinkhorn(scores, temperature=0.05),
         "center": center.center,
@@ -37,6 +42,8 @@ def main(rank: int, world_size: int, store: str, out: str) -> None:
         "codes": codes,
         "me_max": spread.detach(),
         # The engine averages gradients over ranks.
+        "standardised": standard.detach().transpose(0, 1),
+        "standardised_gradient": projection.grad.transpose(0, 1) / world_size,
         "me_max_gradient": leaf.grad / world_size,
     }
     torch.save(result, f"{out}.{rank}")

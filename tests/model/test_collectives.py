@@ -40,7 +40,7 @@ def test_two_ranks__shared_state_equals_one_rank(results, name):
     torch.testing.assert_close(two[0][name], one[name], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["sinkhorn", "me_max_gradient"])
+@pytest.mark.parametrize("name", ["sinkhorn", "me_max_gradient", "standardised", "standardised_gradient"])
 def test_two_ranks__per_sample_results_equal_one_rank(results, name):
     one, two = results
     torch.testing.assert_close(torch.cat([two[0][name], two[1][name]]), one[name], **TOLERANCE)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from maestri.model.heads import Head, HeadConfig
+from maestri.model.heads import Head, HeadConfig, standardised
 
 
 def test_forward__cosine_similarities():
@@ -23,3 +23,15 @@ def test_forward__length_of_prototypes_does_not_matter():
 def test_head_config__rejects(wrong):
     with pytest.raises(ValueError, match="head."):
         HeadConfig(**wrong)
+
+
+def test_standardised__equals_batch_norm_without_affine():
+    values = torch.randn(6, 5, 8) * 3 + 20
+    expected = torch.nn.functional.batch_norm(values.flatten(0, 1), None, None, training=True, eps=1e-6)
+    torch.testing.assert_close(standardised(values), expected.view(6, 5, 8), rtol=1e-4, atol=1e-4)
+
+
+def test_forward__standardised_projections_ignore_what_all_samples_share():
+    head = Head(HeadConfig(hidden=16, layers=1, bottleneck=8, prototypes=6, standardise=True), input_dim=12)
+    tokens = torch.randn(32, 12)
+    torch.testing.assert_close(head(tokens + 50.0), head(tokens), rtol=1e-3, atol=1e-3)

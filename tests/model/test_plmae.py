@@ -57,6 +57,7 @@ SWITCHES = [
     *({"data_positions": p} for p in ("visible", "masked", "both")),
     *({"class_level": level(balance=b, me_max=0.5), "data_level": level(balance=b)} for b in ("centring", "none")),
     {"class_pairs": "same"},
+    {"reconstruction": {"code_centre": "position"}},
     {"teachers": "one"},
     {"teachers": "one", "reconstruction": {"target": "head"}},
 ]  # fmt: skip
