@@ -1,6 +1,7 @@
 """``maestri shards``: convert, inspect and verify data sets."""
 
 import json
+import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,42 +14,45 @@ from rich.table import Table
 from rich.text import Text
 
 from maestri.shards import convert as conversion
-from maestri.shards.convert import QUARANTINE, ConvertConfig
+from maestri.shards.convert import QUARANTINE_LIST, ConvertConfig
 from maestri.shards.errors import ShardError
 from maestri.shards.manifest import Manifest
 from maestri.shards.shard_set import ShardSet
 from maestri.shards.verify import damage
 
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+
 
 def run(argv: list[str]) -> int:
     """Runs ``maestri shards`` and returns its exit code: 0, 1 after an error or damage, 2 after wrong usage."""
+    logging.basicConfig(format="maestri shards: %(message)s", stream=sys.stderr)
     app = tyro.extras.SubcommandApp()
     app.command(name="convert")(convert)
     app.command(name="inspect")(inspect)
     app.command(name="verify")(verify)
     try:
-        return int(app.cli(prog="maestri shards", args=argv) or 0)
+        return int(app.cli(prog="maestri shards", args=argv, use_underscores=False) or 0)
     except SystemExit as stop:
         return int(stop.code or 0) if not isinstance(stop.code, str) else 2
-    except ShardError as error:
+    except (ShardError, OSError) as error:
         print(f"maestri shards: {error}", file=sys.stderr)
         return 1
 
 
 def convert(
-    source: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     *,
     config: Annotated[ConvertConfig, tyro.conf.arg(name="")] = ConvertConfig(),  # noqa: B008  # frozen
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Convert a data set into shards, once, for every training run after.
 
-    SOURCE is a folder of images (one folder per class, or flat) or an idx3 file such as train-images-idx3-ubyte.gz with
-    its labels file beside it.  OUT becomes a set of shards: plain WebDataset tars with DALI's .idx beside each, an
-    index and a manifest.  JPEGs keep their bytes; everything else becomes a JPEG of quality 100.  Images that cannot be
-    read
-    are left out, listed in OUT/quarantine.jsonl with the reason, and their bytes kept in OUT/quarantine.
+    SOURCE is a folder of images (one folder per class, or flat), an idx3 file such as train-images-idx3-ubyte.gz with
+    its labels file beside it, or a folder of such files.  OUT becomes a set of shards: plain WebDataset tars with
+    DALI's .idx beside each, an index and a manifest.  8-bit grey and YCbCr JPEGs keep their bytes; everything else
+    becomes a JPEG of quality 100.  Images that cannot be read are left out, listed in OUT/quarantine.jsonl with the
+    reason, and their bytes kept in OUT/quarantine.
 
     Interrupted at any moment, the same command finishes the job, to the same bytes.
 
@@ -69,7 +73,8 @@ def convert(
 
         manifest = conversion.convert(source, out, config, report=report)
     if manifest.num_quarantined and not as_json:
-        console.print(f"{manifest.num_quarantined} images could not be read: see {out / QUARANTINE}", highlight=False)
+        text = f"{manifest.num_quarantined:,} images could not be read: see {out / QUARANTINE_LIST}"
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
     if as_json:
         print(json.dumps(_facts(manifest)))
     else:
@@ -77,7 +82,7 @@ def convert(
     return 0
 
 
-def inspect(folder: tyro.conf.Positional[Path], *, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
+def inspect(folder: Folder, *, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
     """Show what a set of shards holds, without reading its images.
 
     Args:
@@ -92,7 +97,7 @@ def inspect(folder: tyro.conf.Positional[Path], *, as_json: Annotated[bool, tyro
     return 0
 
 
-def verify(folder: tyro.conf.Positional[Path]) -> int:
+def verify(folder: Folder) -> int:
     """Read every byte of a set and name each damaged shard and sample; exit code 1 if there is one.
 
     Args:
@@ -103,7 +108,9 @@ def verify(folder: tyro.conf.Positional[Path]) -> int:
         for line in lines:
             print(line, file=sys.stderr)
         if not lines:
-            Console().print(f"{folder}: {len(shard_set):,} images are whole", highlight=False)
+            Console().print(
+                f"{folder}: {len(shard_set):,} images are whole", highlight=False, soft_wrap=True, markup=False
+            )
     return 1 if lines else 0
 
 
@@ -120,7 +127,7 @@ class _Rates(ProgressColumn):
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rates(), TextColumn("left"),
-        TimeRemainingColumn(), console=console, transient=True,
+        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
 
 

@@ -15,3 +15,6 @@ class ShardCorrupt(ShardError):
         self.path = Path(path)
         self.offset = offset
         self.reason = reason
+
+    def __reduce__(self) -> "tuple[type[ShardCorrupt], tuple[Path, int, str]]":
+        return ShardCorrupt, (self.path, self.offset, self.reason)

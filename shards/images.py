@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from maestri.shards.jpeg import read_header
+
 KEPT, TRANSCODED, MENDED = 0, 1, 2
 """Values of the index column ``stored``."""
 
@@ -18,19 +20,13 @@ POLICY = {
 }
 JPEG_QUALITY = 100
 MAX_PIXELS = 1 << 28
+"""What the data path decodes at most; workers set Pillow's own limit to it."""
+MAX_SIDE = 65500
+"""Pixels; libjpeg encodes no more."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
+"""What Pillow may open: never a format that runs another program, as EPS does.  JPEG includes MPO."""
 _ORIENTATION_TAG = 274
 _END_MARKER = b"\xff\xd9"
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    IndexError,
-    Warning,
-    Image.DecompressionBombError,
-)
-"""What Pillow raises on damaged files, over its many formats."""
 
 
 class BadImage(Exception):
@@ -70,49 +66,60 @@ def store(source: bytes | NDArray[np.uint8], *, check: Literal["decode", "header
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF blocks are common and harmless
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             return _store_file(source, check)
     except UnidentifiedImageError:
         raise BadImage(f"no known image format ({len(source)} bytes, starting {source[:4].hex(' ')})") from None
-    except BadImage:
+    except (BadImage, MemoryError):
         raise
-    except _DECODE_ERRORS as error:
+    except Exception as error:  # on damaged files Pillow's many formats raise nearly anything, struct.error to KeyError
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _store_file(source: bytes, check: str) -> StoredImage:
-    with Image.open(io.BytesIO(source)) as image:
+    with Image.open(io.BytesIO(source), formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise BadImage(f"{width} × {height} pixels is no sane size")
         orientation = _orientation(image)
-        if not _is_plain_jpeg(image):
+        header = read_header(source)
+        if header is None or header.is_rgb:
             return _transcode(image, orientation=orientation)
-        ends = source.rfind(_END_MARKER, len(source) // 2) >= 0
-        if check == "decode" or not ends:
-            image.load()  # without its end marker a JPEG may still be whole
-        data = source if ends else source + _END_MARKER
-        stored = KEPT if ends else MENDED
-        return StoredImage(data=data, width=width, height=height, orientation=orientation, stored=stored)
+        if not header.has_end and not _is_whole(source):
+            raise BadImage(f"cut short: {len(source)} bytes without an end marker")
+        if check == "decode" and header.has_end:
+            image.load()
+        data = source if header.has_end else source + _END_MARKER
+        stored = KEPT if header.has_end else MENDED
+        return StoredImage(data=data, width=header.width, height=header.height, orientation=orientation, stored=stored)
 
 
-def _is_plain_jpeg(image: Image.Image) -> bool:
-    """Returns whether every decoder here reads it: grey, or three channels that are YCbCr."""
-    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
-        return False
-    is_rgb_coded = image.mode == "RGB" and image.info.get("adobe_transform") == 0
-    return not is_rgb_coded
+def _is_whole(source: bytes) -> bool:
+    """Returns whether a JPEG lacks its end marker and nothing else.
+
+    Pillow refuses both.  Where all blocks are there, bytes behind them change no pixel; where some lack, they are read
+    as blocks.  A progressive JPEG cut short between two scans would pass as well, so none does.
+    """
+    pixels = set()
+    for filler in (b"\0", b"\x55"):
+        filled = source.rstrip(b"\xff") + filler * 64 + _END_MARKER
+        with Image.open(io.BytesIO(filled), formats=("JPEG",)) as image:
+            if "progressive" in image.info:
+                return False
+            pixels.add(image.tobytes())
+    return len(pixels) == 1
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except (*_DECODE_ERRORS, KeyError, AttributeError):
+    except Exception:  # a damaged EXIF block raises nearly anything, and means no orientation
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _transcode(image: Image.Image, *, orientation: int) -> StoredImage:
+    if max(image.size) > MAX_SIDE:
+        raise BadImage(f"{image.width} × {image.height} pixels; a JPEG has at most {MAX_SIDE} a side")
     pixels = _to_eight_bits(image)
     buffer = io.BytesIO()
     pixels.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
@@ -126,17 +133,24 @@ def _transcode(image: Image.Image, *, orientation: int) -> StoredImage:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Returns a grey or RGB image of 8 bits a channel."""
-    if image.mode in ("L", "RGB") and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        top = 65535.0 if values.max() > 255 or image.mode.startswith("I;16") else 255.0
-        return Image.fromarray(np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8))
-    if image.mode == "1":
-        return image.convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        coloured = image.convert("RGBA")
+    """Returns a grey or RGB image of 8 bits a channel, without anything else of the file's (profile, EXIF, comment)."""
+    if image.mode == "F":
+        raise BadImage("floating-point pixels have no stated range")
+    if image.mode.startswith("I"):
+        return _from_sixteen_bits(np.asarray(image, np.int64))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, coloured).convert("L" if image.mode == "LA" else "RGB")
-    return image.convert("RGB")
+        grey = image.mode in ("1", "L", "LA", "La")
+        return Image.alpha_composite(white, straight).convert("L" if grey else "RGB")
+    pixels = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    pixels.info.clear()
+    return pixels
+
+
+def _from_sixteen_bits(values: NDArray[np.int64]) -> Image.Image:
+    """Returns 0–65535 as 0–255, rounded."""
+    lowest, highest = int(values.min()), int(values.max())
+    if lowest < 0 or highest > 65535:
+        raise BadImage(f"32-bit pixels from {lowest} to {highest} have no stated range; expected 0 to 65535")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))

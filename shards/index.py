@@ -94,11 +94,14 @@ def open_columns(path: Path, layout: Mapping[str, Mapping[str, Any]], num_rows: 
     for name in (*COLUMNS, "keys"):
         try:
             entry = layout[name]
-            dtype, start = np.dtype(entry["dtype"]), int(entry["offset"])
-            stop = start + dtype.itemsize * int(entry["length"])
+            dtype, start, length = np.dtype(COLUMNS.get(name, "u1")), int(entry["offset"]), int(entry["length"])
+            is_ours = entry["dtype"] == dtype.str and start >= ALIGNMENT and length >= 0
         except (KeyError, TypeError, ValueError):
-            raise ShardError(f"the manifest beside {path} does not describe its column '{name}'") from None
-        if stop > len(mapped) or (name != "keys" and entry["length"] != num_rows):
+            is_ours = False
+        if not is_ours:
+            raise ShardError(f"the manifest beside {path} does not describe its column '{name}'")
+        stop = start + dtype.itemsize * length
+        if stop > len(mapped) or (name != "keys" and length != num_rows):
             raise ShardError(f"the index {path} is cut short: column '{name}' ends at byte {stop} of {len(mapped)}")
         found[name] = mapped[start:stop].view(dtype)
     return Columns(**found)

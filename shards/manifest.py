@@ -1,6 +1,7 @@
 """``manifest.json``: what a set of shards is, without time, host or absolute path."""
 
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class Manifest:
         except FileNotFoundError:
             hint = " (an unfinished conversion: run the same command again)" if (folder / ".convert").is_dir() else ""
             raise ShardError(f"{folder} is not a set of shards: there is no {FILE_NAME} in it{hint}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ShardError(f"{path} cannot be read: {error}") from None
         if not isinstance(stored, dict) or stored.pop("format", None) != FORMAT:
             raise ShardError(f"{path} is not the manifest of a set of shards")
@@ -80,6 +81,22 @@ class Manifest:
         try:
             stored["shards"] = tuple(ShardInfo(**shard) for shard in stored["shards"])
             stored["class_names"] = tuple(stored["class_names"])
-            return cls(**stored)
-        except (KeyError, TypeError) as error:
+            manifest = cls(**stored)
+            manifest._check()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ShardError(f"{path} is damaged: {error}") from None
+        return manifest
+
+    def _check(self) -> None:
+        """Raises ValueError or TypeError where a field is not what it says; names stay inside the folder."""
+        total = 0
+        for shard in self.shards:
+            if Path(shard.name).name != shard.name:
+                raise ValueError(f"'{shard.name}' is no file name")
+            if min(operator.index(shard.bytes), operator.index(shard.num_samples)) < 0:
+                raise ValueError(f"{shard.name} has a negative size")
+            total += shard.num_samples
+        if total != operator.index(self.num_samples):
+            raise ValueError(f"shards hold {total} samples, and num_samples is {self.num_samples}")
+        if not isinstance(self.index.get("columns"), Mapping):
+            raise TypeError("index has no columns")

@@ -35,7 +35,9 @@ def cut(sizes: NDArray[np.int64], shard_bytes: int) -> NDArray[np.int64]:
     """
     ends = np.cumsum(sizes)
     num_shards = max(1, min(len(sizes), round(int(ends[-1]) / shard_bytes)))
-    targets = ends[-1] * np.arange(1, num_shards) // num_shards
+    each, rest = divmod(int(ends[-1]), num_shards)
+    numbers = np.arange(1, num_shards)
+    targets = each * numbers + rest * numbers // num_shards  # of all × number // shards, which would overflow
     inner = np.searchsorted(ends, targets, side="left") + 1
     return np.unique(np.concatenate([[0], inner, [len(sizes)]])).astype(np.int64)
 

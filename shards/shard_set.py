@@ -1,8 +1,7 @@
 """A set of shards, opened without scanning it."""
 
-import os
-import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestri.shards.errors import ShardCorrupt, ShardError
+from maestri.shards.handles import Handles
 from maestri.shards.index import FILE_NAME, Columns, open_columns
 from maestri.shards.manifest import Manifest
 
@@ -19,7 +19,7 @@ __all__ = ["ShardCorrupt", "ShardError", "ShardSet"]
 class ShardSet:
     """Stored images by row: the index in memory-mapped columns, the bytes by ``pread``.
 
-    Safe to use from several threads and after a fork: file descriptors have no position of their own in use.
+    Safe to use from several threads and after a fork; pickled, it is opened anew.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, columns: Columns) -> None:
@@ -27,8 +27,7 @@ class ShardSet:
         self.folder = folder
         self.manifest = manifest
         self.columns = columns
-        self._handles: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._handles = Handles([folder / shard.name for shard in manifest.shards])
 
     @classmethod
     def open(cls, folder: str | Path) -> "ShardSet":
@@ -41,7 +40,7 @@ class ShardSet:
         if not folder.is_dir():
             raise ShardError(f"there is no folder {folder}; make it with `maestri shards convert SOURCE {folder}`")
         manifest = Manifest.read(folder)
-        columns = open_columns(folder / FILE_NAME, manifest.index.get("columns", {}), manifest.num_samples)
+        columns = open_columns(folder / FILE_NAME, manifest.index["columns"], manifest.num_samples)
         for shard in manifest.shards:
             try:
                 found = (folder / shard.name).stat().st_size
@@ -54,6 +53,9 @@ class ShardSet:
     def __len__(self) -> int:
         return self.manifest.num_samples
 
+    def __reduce__(self) -> "tuple[Callable[[Path], ShardSet], tuple[Path]]":
+        return ShardSet.open, (self.folder,)
+
     def __enter__(self) -> "ShardSet":
         return self
 
@@ -64,10 +66,7 @@ class ShardSet:
 
     def close(self) -> None:
         """Closes the shards' files."""
-        with self._lock:
-            for handle in self._handles.values():
-                os.close(handle)
-            self._handles.clear()
+        self._handles.close()
 
     def label(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns labels, int64; −1 for none."""
@@ -76,20 +75,25 @@ class ShardSet:
     def key(self, row: int) -> str:
         """Returns a sample's key."""
         start = int(self.columns.key_end[row - 1]) if row else 0
-        return bytes(self.columns.keys[start : int(self.columns.key_end[row])]).decode()
+        return bytes(self.columns.keys[start : int(self.columns.key_end[row])]).decode(errors="replace")
 
     def read(self, rows: NDArray[np.int64]) -> list[bytes]:
         """Returns the stored bytes of the rows' images, unchecked.
 
         Raises:
-            ShardCorrupt: a shard ends before an image does.
+            ShardCorrupt: a shard ends before an image does, or the index points outside of it.
             OSError: the storage failed.
         """
         columns = self.columns
+        infos = self.manifest.shards
         shards, offsets, sizes = (column[rows].tolist() for column in (columns.shard, columns.offset, columns.bytes))
         found = []
         for row, shard, offset, size in zip(rows, shards, offsets, sizes, strict=True):
-            data = os.pread(self._handle(shard), size, offset)
+            if shard >= len(infos) or offset + size > infos[shard].bytes:
+                where = f"bytes {offset} to {offset + size} of shard {shard}"
+                reason = f"{self.key(int(row))} should be at {where}, which is not there"
+                raise ShardCorrupt(self.folder / FILE_NAME, int(row), reason)
+            data = self._handles.pread(shard, size, offset)
             if len(data) != size:
                 reason = f"{self.key(int(row))} should have {size} bytes, and {len(data)} are there"
                 raise ShardCorrupt(self._path(shard), offset, reason)
@@ -112,12 +116,3 @@ class ShardSet:
 
     def _path(self, shard: int) -> Path:
         return self.folder / self.manifest.shards[shard].name
-
-    def _handle(self, shard: int) -> int:
-        handle = self._handles.get(shard)
-        if handle is None:
-            with self._lock:
-                handle = self._handles.get(shard)
-                if handle is None:
-                    handle = self._handles[shard] = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
-        return handle

@@ -1,0 +1,145 @@
+"""An idx3 file of images (MNIST's format) as a source."""
+
+import gzip
+import hashlib
+import logging
+import math
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maestri.shards.errors import ShardError
+from maestri.shards.sources import Listing
+
+_UINT8 = 0x08
+_IMAGES = re.compile(r"(?P<split>.*?)[-_.]?images[-_.]idx3([-_.]ubyte)?(\.gz)?$")
+_SPLIT_ALIASES = {"test": "t10k"}
+
+_logger = logging.getLogger(__name__)
+
+
+class IdxSource:
+    """An idx3 file of grey images, gzipped or not, with its labels file beside it."""
+
+    kind = "idx"
+
+    def __init__(self, path: Path) -> None:
+        """Takes the file of images; it is read when first needed."""
+        self.path = path
+        self._pixels: NDArray[np.uint8] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leaves the pixels out: a worker process reads them itself."""
+        return {"path": self.path, "_pixels": None}
+
+    def listing(self) -> Listing:
+        """Returns the listing; classes are ``0`` … up to the largest label.
+
+        Raises:
+            ShardError: the file is damaged, empty, or its labels don't fit.
+        """
+        pixels = self._images()
+        if not pixels.size:
+            raise ShardError(f"{self.path} holds no images: its shape is {pixels.shape}")
+        labels = self._labels(len(pixels))
+        width = len(str(len(pixels) - 1))
+        return Listing(
+            keys=tuple(f"{sample:0{width}d}" for sample in range(len(pixels))),
+            sizes=np.full(len(pixels), pixels[0].size, np.int64),
+            labels=labels,
+            class_names=tuple(str(label) for label in range(int(labels.max()) + 1)),
+            content=hashlib.sha256(pixels.data).hexdigest(),
+        )
+
+    def load(self, sample: int) -> NDArray[np.uint8]:
+        """Returns the image's pixels."""
+        pixels: NDArray[np.uint8] = self._images()[sample]
+        return pixels
+
+    def name(self, sample: int) -> str:
+        """Returns the image's number."""
+        return f"{self.path.name}[{sample}]"
+
+    def _images(self) -> NDArray[np.uint8]:
+        if self._pixels is None:
+            self._pixels = read_idx(self.path, dimensions=3)
+        return self._pixels
+
+    def _labels(self, count: int) -> NDArray[np.int32]:
+        name = self.path.name.replace("images", "labels").replace("idx3", "idx1")
+        stem = name.removesuffix(".gz")
+        path = next((p for p in (self.path.with_name(stem), self.path.with_name(f"{stem}.gz")) if p.is_file()), None)
+        if path is None or path == self.path:
+            _logger.warning("no file %s beside %s: the set has no labels", stem, self.path)
+            return np.full(count, -1, np.int32)
+        labels = read_idx(path, dimensions=1)
+        if len(labels) != count:
+            raise ShardError(f"{path} has {len(labels)} labels for the {count} images of {self.path}")
+        return labels.astype(np.int32)
+
+
+def is_idx(path: Path) -> bool:
+    """Returns whether a file says that it is an idx file of unsigned bytes, gzipped or not.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head[:2] == b"\x1f\x8b":
+        try:
+            with gzip.open(path) as file:
+                head = file.read(4)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            return path.name.removesuffix(".gz").endswith(("ubyte", "idx3"))  # reading it tells what is wrong
+    return head[:3] == bytes((0, 0, _UINT8))
+
+
+def idx_images_in(folder: Path, split: str) -> Path | None:
+    """Returns the folder's idx3 file of a split, None where the folder holds no such files.
+
+    Raises:
+        ShardError: there are several, and the split names none of them.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir(), reverse=True):  # so that, of a file and its .gz, the file counts
+        match = _IMAGES.fullmatch(path.name)
+        if match and path.is_file():
+            found[match["split"]] = path
+    if not found:
+        return None
+    wanted = next((name for name in (split, _SPLIT_ALIASES.get(split, split)) if name in found), None)
+    if wanted is None and len(found) == 1 and not split:
+        wanted = next(iter(found))
+    if wanted is None:
+        names = " or ".join(f"--split {name}" for name in sorted(found))
+        given = f"none is called '{split}'" if split else "say which"
+        raise ShardError(f"{folder} holds {len(found)} idx3 files, {given}: {names}")
+    return found[wanted]
+
+
+def read_idx(path: Path, *, dimensions: int) -> NDArray[np.uint8]:
+    """Returns the array in an idx file of unsigned bytes.
+
+    Raises:
+        ShardError: it is missing, damaged, or of another type or number of dimensions.
+    """
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ShardError(f"{path} cannot be read: {error}") from None
+    head = 4 + 4 * dimensions
+    if len(data) < head or data[:4] != bytes((0, 0, _UINT8, dimensions)):
+        raise ShardError(f"{path} is not an idx file of unsigned bytes in {dimensions} dimensions: {data[:4].hex(' ')}")
+    shape = struct.unpack_from(f">{dimensions}I", data, 4)
+    expected = head + math.prod(shape)
+    if len(data) != expected:
+        raise ShardError(f"{path} has {len(data)} bytes; its head says {expected}")
+    pixels: NDArray[np.uint8] = np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+    return pixels

@@ -1,0 +1,127 @@
+"""A folder of images as a source."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from maestri.shards.errors import ShardError
+from maestri.shards.keys import unique_keys
+from maestri.shards.sources import Listing
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+    + (".jp2", ".avif", ".tga")
+)
+"""Files of a folder that are taken for images, whatever is in them; others are left alone."""
+SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+
+_logger = logging.getLogger(__name__)
+
+
+class FolderSource:
+    """A folder of images: a folder for each class, at any depth below it, or flat and without labels."""
+
+    kind = "folder"
+
+    def __init__(self, path: Path) -> None:
+        """Takes the folder; ``listing`` looks into it."""
+        self.path = path
+        self._files: list[str] | None = None
+
+    def listing(self) -> Listing:
+        """Returns the listing: classes are the first-level folders, sorted; files are sorted by path.
+
+        A first-level folder without images is a class too, so that two splits of a data set number theirs alike.
+
+        Raises:
+            ShardError: there are no images, or some stand beside class folders.
+        """
+        found = self._scan()
+        if not found:
+            raise ShardError(f"no images in {self.path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+        files = [name for name, _ in found]
+        tops = [PurePosixPath(name).parts[0] if "/" in name else "" for name in files]
+        class_names = self._class_names(files, tops)
+        number = {name: label for label, name in enumerate(class_names)}
+        return Listing(
+            keys=unique_keys(files),
+            sizes=np.array([size for _, size in found], np.int64),
+            labels=np.array([number.get(top, -1) for top in tops], np.int32),
+            class_names=class_names,
+        )
+
+    def load(self, sample: int) -> bytes:
+        """Returns the file's bytes.
+
+        Raises:
+            OSError: it cannot be read; the error names it.
+        """
+        path = self.path / self.name(sample)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a failed read names no file
+
+    def name(self, sample: int) -> str:
+        """Returns the file's path below the folder."""
+        assert self._files is not None, "listing() comes first"
+        return self._files[sample]
+
+    def _class_names(self, files: list[str], tops: list[str]) -> tuple[str, ...]:
+        used = set(tops) - {""}
+        if not used:
+            return ()
+        if "" in tops:
+            stray = files[tops.index("")]
+            raise ShardError(
+                f"{self.path} has images beside class folders, the first is {stray}; move it into a class or away"
+            )
+        if used <= SPLIT_NAMES:
+            some = sorted(used)[0]
+            raise ShardError(
+                f"{self.path} holds splits ({', '.join(sorted(used))}), not classes; convert one by --split {some}"
+            )
+        folders = {path.name for path in self.path.iterdir() if path.is_dir() and not path.name.startswith(".")}
+        empty = sorted(folders - used)
+        if empty:
+            _logger.warning("%d class folders have no images, such as %s", len(empty), empty[0])
+        return tuple(sorted(folders))
+
+    def _scan(self) -> list[tuple[str, int]]:
+        ignored: Counter[str] = Counter()
+        found = []
+        try:
+            for path in _files_below(str(self.path), ()):
+                suffix = Path(path.name).suffix.lower()
+                if suffix in IMAGE_SUFFIXES:
+                    found.append((os.path.relpath(path.path, self.path), path.stat().st_size))
+                else:
+                    ignored[suffix or path.name] += 1
+        except OSError as error:
+            raise ShardError(f"cannot read the source: {error.strerror}: {error.filename}") from None
+        if found and ignored:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common(5))
+            _logger.warning("%d files of %s are no images and left out: %s", ignored.total(), self.path, kinds)
+        found.sort()
+        self._files = [name for name, _ in found]
+        return found
+
+
+def _files_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[os.DirEntry[str]]:
+    """Yields files at any depth, in no order; follows links, but never into a folder that it is inside of."""
+    status = os.stat(folder)  # noqa: PTH116  # twice as fast as Path on a million files
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _files_below(entry.path, (*above, here))
+            else:
+                yield entry

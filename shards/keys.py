@@ -1,0 +1,32 @@
+"""Names of samples: relative paths made safe for WebDataset, DALI's index and file systems."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+_UNSAFE = re.compile(r"[%.\\\s\x00-\x1f\x7f\ud800-\udfff]|^_(?=_[^/]*__(?:/|$))")
+"""Dots start webdataset's extension; blanks split DALI's lines; lone surrogates are bytes that are not UTF-8; a first
+folder ``__so__`` would be skipped by webdataset as metadata."""
+
+
+def escaped(text: str) -> str:
+    """Returns the text with unsafe characters as ``%XX``, byte by byte; ``unescaped`` turns it back."""
+    return _UNSAFE.sub(lambda match: "".join(f"%{b:02X}" for b in match[0].encode("utf-8", "surrogateescape")), text)
+
+
+def unescaped(key: str) -> str:
+    """Returns the text that ``escaped`` was given."""
+    raw = re.sub(rb"%([0-9A-F]{2})", lambda match: bytes((int(match[1], 16),)), key.encode())
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def unique_keys(files: Sequence[str]) -> tuple[str, ...]:
+    """Returns escaped paths without extension; files that differ only in their extension keep it, escaped too.
+
+    Args:
+        files: relative paths with ``/`` between folders, each with an extension.
+    """
+    stems = [escaped(str(PurePosixPath(name).with_suffix(""))) for name in files]
+    times = Counter(stems)
+    return tuple(stem if times[stem] == 1 else escaped(name) for stem, name in zip(stems, files, strict=True))

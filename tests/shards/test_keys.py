@@ -1,0 +1,36 @@
+from pathlib import PurePosixPath
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maestri.shards.keys import escaped, unescaped, unique_keys
+
+names = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=12)
+
+
+@given(st.lists(names.filter(lambda name: name not in (".", "..")), min_size=1, max_size=3).map("/".join))
+def test_escaped__comes_back_and_is_one_safe_word(path: str) -> None:
+    key = escaped(path)
+    assert unescaped(key) == path
+    assert "." not in key and key.split() == [key]
+    assert len(PurePosixPath(key).parts) == len(PurePosixPath(path).parts)
+
+
+def test_escaped__keeps_bytes_that_are_no_text() -> None:
+    path = b"caf\xe9.old".decode("utf-8", "surrogateescape")
+    assert escaped(path) == "caf%E9%2Eold"
+    assert unescaped(escaped(path)) == path
+
+
+def test_escaped__hides_what_webdataset_takes_for_metadata() -> None:
+    assert escaped("__cats__/1") == "%5F_cats__/1"
+    assert escaped("__cats/1") == "__cats/1"
+
+
+@given(st.sets(names.map(lambda name: f"a/{name}.jpg") | names.map(lambda name: f"a/{name}.png"), min_size=1))
+def test_unique_keys__are_unique(files: set[str]) -> None:
+    assert len(set(unique_keys(sorted(files)))) == len(files)
+
+
+def test_unique_keys__name_the_extension_only_where_files_differ_in_nothing_else() -> None:
+    assert unique_keys(["a/x.jpg", "a/x.png", "a/y.JPG"]) == ("a/x%2Ejpg", "a/x%2Epng", "a/y")
