@@ -172,7 +172,8 @@ def train(config: RunConfig, parts: Parts, shard_set: ShardSet, loader: Loader, 
 
             # One optimizer step: load, teachers, student, loss, backward, step, averages.
             meter.go_on()
-            is_logged = is_due(step + 1, config.logging.every) or step + 1 == config.steps
+            # The first row is the untrained network's: monitors of collapse are read against it.
+            is_logged = step == 0 or is_due(step + 1, config.logging.every) or step + 1 == config.steps
             rate = learning_rate(config.optimizer, step, num_steps=config.steps, global_size=config.batch.global_size)
             set_learning_rate(parts.engine, rate)
             result = train_step(parts.engine, method, parts.teachers, batches, step, monitor=is_logged)

@@ -52,7 +52,7 @@ class Columns:
     orientation: NDArray[np.uint8]
     """EXIF orientation, 1–8; 1 where there is none."""
     stored: NDArray[np.uint8]
-    """What was stored, see ``images.Stored``: 0 the source's bytes, 1 transcoded, 2 an end marker was added."""
+    """What was stored, as ``images`` numbers it: 0 the source's bytes, 1 transcoded, 2 an end marker was added."""
     label: NDArray[np.int32]
     """Position in the manifest's class names; −1 for none."""
     crc32: NDArray[np.uint32]

@@ -27,6 +27,9 @@ def unique_keys(files: Sequence[str]) -> tuple[str, ...]:
     Args:
         files: relative paths with ``/`` between folders, each with an extension.
     """
-    stems = [escaped(str(PurePosixPath(name).with_suffix(""))) for name in files]
-    times = Counter(stems)
-    return tuple(stem if times[stem] == 1 else escaped(name) for stem, name in zip(stems, files, strict=True))
+    whole = [escaped(name) for name in files]
+    keys = [escaped(str(PurePosixPath(name).with_suffix(""))) for name in files]
+    # A whole name may be another file's stem (a.jpg, a.png, a.jpg.png), so go on until nothing is shared.
+    while shared := {key for key, times in Counter(keys).items() if times > 1}:
+        keys = [full if key in shared else key for key, full in zip(keys, whole, strict=True)]
+    return tuple(keys)

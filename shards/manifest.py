@@ -55,7 +55,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes it into a folder, atomically."""
         head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        text = json.dumps(head | asdict(self), indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(head | asdict(self), indent=1) + "\n"
         write_atomically(folder / FILE_NAME, text.encode())
 
     @classmethod

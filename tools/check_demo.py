@@ -8,6 +8,7 @@ from pathlib import Path
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", "views.png", "curves.png", "checkpoints/latest")
 LEARNT = ("student", "labelling_teacher", "reconstruction_teacher")
 BASELINES = ("raw_pixels", "random_init")
+INFORMATION = tuple(f"information_{level}_{role}" for level in ("class", "data") for role in ("student", "teacher"))
 
 
 def faults(run: Path) -> Iterator[str]:
@@ -27,7 +28,22 @@ def faults(run: Path) -> Iterator[str]:
         yield f"no accuracy of {', '.join(absent)}"
     elif top1["student"] <= top1["random_init"]:
         yield f"the student ({top1['student']:.2f} %) is not above its initialisation ({top1['random_init']:.2f} %)"
+    yield from collapses(run)
     print(", ".join(f"{model} {value:.2f} %" for model, value in top1.items()))
+
+
+def collapses(run: Path) -> Iterator[str]:
+    """Yields a line for each level and role whose assignments tell less at the end than before training.
+
+    The figure is the mutual information of the softmax before Sinkhorn, as a share of log K; the first row of the
+    metrics is the untrained network's.
+    """
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
+    for name in INFORMATION:
+        before, after = rows[0][name], rows[-1][name]
+        if after <= before:
+            yield f"{name} fell from {before:.3f} to {after:.3f}: the assignments collapsed"
 
 
 def main() -> int:

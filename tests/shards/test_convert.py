@@ -254,3 +254,12 @@ def test_convert__interrupted_stops_soon(pixels: Path, tmp_path: Path) -> None:
 def test_convert_config__refuses(name: str, value: int) -> None:
     with pytest.raises(ShardError, match=rf"--{name.replace('_', '-')} is {value}; expected a number from"):
         ConvertConfig(**{name: value})
+
+
+def test_convert__class_and_source_names_that_are_not_utf8(tmp_path: Path, make_folder: MakeFolder, make_jpeg) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    source = make_folder(tmp_path / name, {f"{name}/a.jpg": make_jpeg(), "tea/b.jpg": make_jpeg(seed=1)})
+    manifest = convert(source, tmp_path / "out", ConvertConfig(workers=1))
+    assert set(manifest.class_names) == {name, "tea"}
+    with ShardSet.open(tmp_path / "out") as shard_set:
+        assert shard_set.manifest == manifest

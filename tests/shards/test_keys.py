@@ -34,3 +34,7 @@ def test_unique_keys__are_unique(files: set[str]) -> None:
 
 def test_unique_keys__name_the_extension_only_where_files_differ_in_nothing_else() -> None:
     assert unique_keys(["a/x.jpg", "a/x.png", "a/y.JPG"]) == ("a/x%2Ejpg", "a/x%2Epng", "a/y")
+
+
+def test_unique_keys__a_whole_name_may_be_another_files_stem() -> None:
+    assert unique_keys(["a.jpg", "a.jpg.png", "a.png"]) == ("a%2Ejpg", "a%2Ejpg%2Epng", "a%2Epng")
