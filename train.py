@@ -34,7 +34,7 @@ from maestri.evals.report import figures as knn_figures
 from maestri.evals.report import plot_run
 from maestri.evals.report import summary as knn_summary
 from maestri.evals.report import table as knn_table
-from maestri.evals.run import can_judge, judge, live_encoders
+from maestri.evals.run import can_judge, check_images, judge, live_encoders
 from maestri.model.build import build_method
 from maestri.model.method import Method
 from maestri.pipelines.batch import Batch
@@ -222,9 +222,10 @@ def run(config: RunConfig, device: torch.device) -> int:
         failure = None
         try:
             check_slices(config.batch, ranks.world_size)
-            Path(config.out).mkdir(parents=True, exist_ok=True)
             shard_set = stack.enter_context(ShardSet.open(config.data.shards))
+            check_images(config)
             loader = stack.enter_context(build_loader(config, shard_set, ranks))
+            Path(config.out).mkdir(parents=True, exist_ok=True)
         except (ValueError, OSError) as error:
             failure = error
         distributed.agree(failure)

@@ -286,6 +286,9 @@ def resume(checkpoint: Path, parts: Parts, *, config: Mapping[str, Any]) -> int:
         averages = {role: load_weights(checkpoint, role) for role in parts.teachers}
         method_state = load_file(checkpoint / "method.safetensors")
         state = torch.load(checkpoint / f"rank_{parts.ranks.rank:05d}.pt", weights_only=True)
+        if ("cuda" in state) != (parts.ranks.device.type == "cuda"):
+            where = "GPUs" if "cuda" in state else "CPUs"
+            raise CheckpointError(f"checkpoint {checkpoint} was written on {where}; continue it there")
         parts.loader.load_state_dict(description["loader"])
     except CheckpointError as error:
         failure = str(error)

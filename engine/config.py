@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "checkpoint",
     "evaluation",
     "logging",
+    "data.shards",  # the loader's state names the set itself, so only its folder may change
     "data.num_threads",
     "data.prefetch",
     "data.max_bad",
@@ -122,15 +123,15 @@ class EvaluationConfig:
     """k-NN on frozen features of the student and each teacher."""
 
     every: int = 0
-    """Optimizer steps between evaluations during training; 0 = only at the end."""
+    """Optimizer steps between evaluations during training; 0 = only before the first step and after the last."""
     k: tuple[int, ...] = (20,)
     """Neighbours that vote."""
     temperature: float = 0.07
     """Temperature of the votes' weights."""
     train_images: int = 0
-    """Images of ``data.shards`` used as neighbours; 0 = all that are trained on."""
+    """Neighbours at most while training, the first of ``data.shards``; 0 = all images trained on, as at the end."""
     test_images: int = 0
-    """Images classified per evaluation; 0 = all."""
+    """Held-out images classified at most while training; 0 = all, as at the end."""
     crop_fraction: float = 0.875
     """Side of the centre crop as a fraction of the shorter side: 0.875 is 224 of 256; 1 for small images."""
     baselines: bool = True

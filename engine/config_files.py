@@ -83,6 +83,10 @@ def _read(path: Path, arguments: Sequence[str], schema: type[Config], known: Seq
         raise ValueError(f"{path}: {error.full_key or 'configuration'}: {_first_line(error)}") from None
     except YAMLError as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        if error.strerror:  # unreadable; OmegaConf raises a bare OSError where YAML holds a single value
+            raise ValueError(f"{path}: {error.strerror}") from None
+        raise ValueError(f"{path}: a configuration is a mapping of sections, as in configs/demo.yaml") from None
     except (TypeError, UnicodeDecodeError):
         raise ValueError(f"{path}: a configuration is a mapping of sections, as in configs/demo.yaml") from None
     except ValueError as error:  # a range check of the configuration itself

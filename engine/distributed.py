@@ -59,7 +59,7 @@ def prepare_environment(device: str) -> torch.device:
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ValueError: CUDA is asked for and there is none.
+        ValueError: CUDA is asked for and there is none, or this machine has more processes than GPUs.
     """
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
@@ -73,6 +73,11 @@ def prepare_environment(device: str) -> torch.device:
     if not use_cuda:
         return torch.device("cpu")
     found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if found.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {found.index} has no GPU, this process sees {torch.cuda.device_count()}; "
+            "start one process a GPU and let each see all of its machine's"
+        )
     torch.cuda.set_device(found)
     return found
 

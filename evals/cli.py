@@ -43,6 +43,7 @@ def knn(arguments: Annotated[KnnArguments, tyro.conf.arg(name="")]) -> int:
     from maestri.engine.config_files import load_config
     from maestri.engine.distributed import prepare_environment, quiet_libraries
     from maestri.engine.errors import RunError
+    from maestri.pipelines.reader import TooManyBadSamples
 
     config_path = arguments.run / "config.yaml"
     flags = []
@@ -57,7 +58,7 @@ def knn(arguments: Annotated[KnnArguments, tyro.conf.arg(name="")]) -> int:
         device = prepare_environment(arguments.device)
         quiet_libraries()
         _judge(config, arguments, device)
-    except (ValueError, RunError, OSError) as error:
+    except (ValueError, RunError, OSError, TooManyBadSamples) as error:
         print(f"maestri eval: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

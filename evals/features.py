@@ -58,7 +58,7 @@ def raw_pixels(images: Tensor) -> dict[str, Tensor]:
 def extract_features(
     extractors: Mapping[str, Extractor], shard_set: ShardSet, rows: NDArray[np.int64], settings: ImageSettings
 ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
-    """Returns ``features[name][pooling]``, float32 ``sample dim``, and labels, int64 ``sample``, in the order of rows.
+    """Returns ``features[name][pooling]``, ``sample dim``, float32 (float16 on a GPU), and int64 labels, as rows stand.
 
     Images are read once for all extractors.  Every rank must call it: each takes a share of the rows, as many batches
     as the others (under ZeRO 3 a forward pass is a collective), and all get the whole result.
@@ -66,6 +66,8 @@ def extract_features(
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     share = -(-len(rows) // world)
     padded = np.resize(rows, share * world)  # the first rows again; cut off below
+    # All features of all models stay on the device: ImageNet's take 2 GB per model and pooling in half precision.
+    dtype = torch.float16 if settings.device.type == "cuda" else torch.float32
     parts: dict[tuple[str, str], list[Tensor]] = {}
     labels: list[Tensor] = []
     batches = evaluation_batches(
@@ -81,7 +83,7 @@ def extract_features(
         labels.append(batch_labels.to(settings.device))
         for name, extract in extractors.items():
             for pooling, values in extract(images).items():
-                parts.setdefault((name, pooling), []).append(values.float())
+                parts.setdefault((name, pooling), []).append(values.to(dtype))
     features: dict[str, dict[str, Tensor]] = {}
     for (name, pooling), pieces in parts.items():
         features.setdefault(name, {})[pooling] = _gathered(torch.cat(pieces), world)[: len(rows)]

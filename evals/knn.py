@@ -37,14 +37,14 @@ def knn_accuracy(
         raise ValueError("k-NN needs labels, and this data set has none; convert it from class folders")
     if len(bank) < max(k):
         raise ValueError(f"evaluation.k asks for {max(k)} neighbours, but there are only {len(bank)} labelled images")
-    bank = F.normalize(bank, dim=-1)
+    bank = F.normalize(bank.float(), dim=-1)
     num_classes = int(bank_labels.max()) + 1
     correct = dict.fromkeys(k, 0)
     for start in range(0, len(queries), chunk):
         query, label = queries[start : start + chunk], labels[start : start + chunk]
-        similarity, index = (F.normalize(query, dim=-1) @ bank.T).topk(max(k), dim=-1)
+        similarity, index = (F.normalize(query.float(), dim=-1) @ bank.T).topk(max(k), dim=-1)
         weights, neighbours = (similarity / temperature).exp(), bank_labels[index]
-        for count in k:
+        for count in correct:  # each k once, also where one is given twice
             votes = weights.new_zeros(len(query), num_classes)
             votes.scatter_add_(1, neighbours[:, :count], weights[:, :count])
             correct[count] += int((votes.argmax(dim=-1) == label).sum())

@@ -110,6 +110,8 @@ def evaluate_knn(
     """
     with ShardSet.open(splits.shards) as train:
         num_rows = len(train)
+        if splits.holdout >= num_rows:
+            raise ValueError(f"data.holdout is {splits.holdout}, but {splits.shards} holds only {num_rows} images")
         num_held = _limit(splits.holdout, splits.max_test)
         first_held = num_rows - splits.holdout
         num_bank = _limit(first_held, splits.max_train)

@@ -15,6 +15,7 @@ from maestri.evals.protocol import KnnReport, KnnSettings, KnnSplits, evaluate_k
 from maestri.model.build import build_method
 from maestri.model.encoder import Encoder
 from maestri.model.method import Method
+from maestri.shards.shard_set import ShardSet
 
 RAW_PIXELS = "raw_pixels"
 RANDOM_INIT = "random_init"
@@ -24,6 +25,32 @@ STUDENT = "student"
 def can_judge(config: RunConfig, *, final: bool) -> bool:
     """Returns whether the configuration names images to classify."""
     return config.data.holdout > 0 or (final and bool(config.data.test_shards))
+
+
+def check_images(config: RunConfig) -> None:
+    """Opens the images that evaluation will need, so that a run does not train for days and fail then.
+
+    Raises:
+        ValueError: a set is missing, has no labels, or is smaller than ``data.holdout`` or ``evaluation.k``.
+    """
+    if not can_judge(config, final=True):
+        return
+    with ShardSet.open(config.data.shards) as train:
+        num_bank = len(train) - config.data.holdout
+        if num_bank < max(config.evaluation.k):
+            raise ValueError(
+                f"evaluation.k asks for {max(config.evaluation.k)} neighbours, but {config.data.shards} has "
+                f"{len(train)} images and data.holdout takes {config.data.holdout}"
+            )
+        _check_labels(train, config.data.shards)
+    if config.data.test_shards:
+        with ShardSet.open(config.data.test_shards) as test:
+            _check_labels(test, config.data.test_shards)
+
+
+def _check_labels(shard_set: ShardSet, name: str) -> None:
+    if not shard_set.manifest.class_names:
+        raise ValueError(f"k-NN needs labels, and {name} has none; set data.holdout to 0 and no data.test_shards")
 
 
 def live_encoders(method: Method, student: nn.Module) -> dict[str, nn.Module]:
@@ -92,15 +119,10 @@ def saved_encoders(config: RunConfig, checkpoint: Path) -> dict[str, nn.Module]:
         prefix = "encoder."
         weights = load_weights(checkpoint, role)
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        # Frozen parameters are drawn, not learnt, and a partitioned run does not store them.
-        frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
         try:
-            missing, unexpected = encoder.load_state_dict(own, strict=False)
+            encoder.load_state_dict(own)
         except RuntimeError as error:
-            raise CheckpointError(f"{checkpoint}: {role}: {' '.join(str(error).split())}") from None
-        wrong = [*unexpected, *(name for name in missing if name not in frozen)] if role == STUDENT else unexpected
-        if wrong:
-            raise CheckpointError(f"{checkpoint} is of another model: {role}: encoder.{wrong[0]} does not fit")
+            raise CheckpointError(f"{checkpoint} is of another model: {role}: {' '.join(str(error).split())}") from None
         encoders[role] = encoder
     return encoders
 

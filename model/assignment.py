@@ -103,7 +103,9 @@ def mutual_information(scores: Tensor, *, temperature: float, limit: int = 4096)
 @torch.no_grad()
 def rank_me(features: Tensor) -> Tensor:
     """Returns the effective rank of ``sample dim``: RankMe (arXiv 2210.02885), exp of the singular values' entropy."""
-    values = torch.linalg.svdvals(features.float())
+    # A decomposition fails on what is not finite; the loss tells of that in one line.
+    finite = torch.nan_to_num(features.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    values = torch.linalg.svdvals(finite)
     share = values / values.sum().clamp_min(1e-12)
     entropy: Tensor = torch.special.entr(share).sum()
     return entropy.exp()

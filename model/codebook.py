@@ -76,7 +76,7 @@ class Codebook(nn.Module):
         flat, index = tokens.flatten(0, 2), positions.flatten()
         packed = torch.zeros(self.num_positions, flat.shape[1] + 1, device=flat.device)
         packed[:, :-1].index_add_(0, index, flat)
-        packed[:, -1] = torch.bincount(index, minlength=self.num_positions)
+        packed[:, -1].index_add_(0, index, flat.new_ones(len(flat)))  # bincount would wait for a GPU
         packed = sum_over_ranks(packed)
         means = packed[:, :-1] / packed[:, -1:].clamp_min(1.0)
         return means[index].view(tokens.shape)
@@ -93,7 +93,7 @@ class Codebook(nn.Module):
         # One buffer, one collective: sums in the first columns, counts in the last.
         packed = torch.zeros(size, dim + 1, device=flat.device)
         packed[:, :dim].index_add_(0, index, flat)
-        packed[:, dim] = torch.bincount(index, minlength=size)
+        packed[:, dim].index_add_(0, index, flat.new_ones(len(flat)))
         # In units of a fair share, so that momentum and threshold don't depend on the batch.
         packed = sum_over_ranks(packed) * (size / (len(flat) * world_size()))
         sums = torch.lerp(packed[:, :dim], self.sums, self.momentum)

@@ -25,6 +25,10 @@ class LevelConfig:
         for name in ("weight", "me_max"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; a weight of the loss must be at least 0")
+        if self.me_max and not self.weight:
+            raise ValueError(
+                f"me_max is {self.me_max}, but the level has weight 0 and is left out; set me_max to 0 too"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -65,7 +65,7 @@ class Loader:
                 f"{num_rows} rows to train on, of {len(shard_set)} in the data set with data.holdout {config.holdout}; "
                 f"expected 1 to {len(shard_set)}"
             )
-        if views.size % patch:
+        if patch < 1 or views.size % patch:
             raise ValueError(f"views.size is {views.size}; expected a multiple of the encoder's patch, {patch}")
         self._shard_set = shard_set
         self._config = config
@@ -119,7 +119,7 @@ class Loader:
         """Continues at a saved position, on any number of ranks.
 
         Raises:
-            ValueError: the state was saved under another seed, order, number of rows or global batch.
+            ValueError: the state was saved with other shards, seed, order, number of rows or global batch.
         """
         expected = self._fingerprint()
         if state.keys() != {"position", *expected}:
@@ -150,6 +150,7 @@ class Loader:
 
     def _fingerprint(self) -> dict[str, Any]:
         return {
+            "shards": self._shard_set.manifest.recipe,
             "seed": self._seed,
             "order": self._config.order.kind,
             "num_rows": self._order.num_rows,

@@ -117,8 +117,9 @@ def test_train__leaves_the_run_in_its_folder(folder: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 24 and summary["images"] == 24 * 8
     assert summary["images_per_second"] > 0 and 0 <= summary["data_wait_share"] <= 1
-    row = rows_of(run)[0]
-    assert row["step"] == 3 and {"loss", "learning_rate", "momentum_labelling_teacher", "seconds/averages"} <= set(row)
+    first, row = rows_of(run)[:2]
+    assert (first["step"], row["step"]) == (1, 3)  # the first row is the untrained network's
+    assert {"loss", "learning_rate", "momentum_labelling_teacher", "seconds/averages"} <= set(row)
 
 
 def test_train__is_quiet_without_a_terminal(folder: Path) -> None:
@@ -175,9 +176,12 @@ def test_train__full_disk_is_one_line_and_keeps_the_checkpoint_before(folder: Pa
         (["--out", "whole", "--encoder.depth", "1"], 1, "encoder.depth (2 → 1)"),
         (["--out", "odd", "--batch.global_size", "7"], 1, "the nearest that does: 6 or 8"),
         (["--out", "none", "--data.shards", "missing"], 1, "there is no folder missing"),
+        (["--out", "none", "--data.test_shards", "missing"], 1, "there is no folder missing"),
+        (["--out", "none", "--data.holdout", "4", "--evaluation.k", "5000"], 1, "asks for 5000 neighbours"),
     ],
 )
 def test_train__bad_input_is_one_line(folder: Path, flags: list[str], code: int, expected: str) -> None:
     done = train(folder, *flags)
     assert done.returncode == code
     assert expected in one_line(done.stderr)
+    assert not (folder / "none").exists()

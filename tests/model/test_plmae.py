@@ -178,6 +178,7 @@ def test_teacher_temperature__rises_then_stays():
     "wrong",
     [
         lambda: LevelConfig(weight=-1.0),
+        lambda: LevelConfig(weight=0.0, me_max=1.0),
         lambda: MomentumConfig(start=1.5),
         lambda: TemperatureConfig(student=0.0),
         lambda: TemperatureConfig(warmup=2.0),

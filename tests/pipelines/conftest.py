@@ -21,6 +21,7 @@ class FakeShardSet:
         sizes = [Image.open(io.BytesIO(data)).size for data in encoded]
         self.encoded = list(encoded)
         self.reads = 0
+        self.manifest = SimpleNamespace(recipe="fake")
         self.columns = SimpleNamespace(
             shard=np.zeros(len(encoded), np.int32),
             width=np.array([width for width, _ in sizes], np.int32),
