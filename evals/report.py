@@ -86,7 +86,7 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             right.annotate(label, (0, value), textcoords="offset points", xytext=(4, 3), fontsize=7, color="grey")
         else:
             right.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=label)
-    right.set(xlabel="optimizer step", ylabel="top-1 (%)", title="k-NN on held-out images; all neighbours at the last point")
+    right.set(xlabel="optimizer step", ylabel="top-1 (%)", title="k-NN on held-out images (last point: all neighbours)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
