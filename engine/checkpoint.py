@@ -14,7 +14,6 @@ files are loaded without unpickling code; DeepSpeed's loader unpickles, so resum
 """
 
 import json
-import os
 import pickle
 import random
 import shutil
@@ -31,13 +30,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maestri.engine.config import changed_fields
-from maestri.engine.config_files import write_atomically
 from maestri.engine.distributed import Ranks, first_failure, is_lost_rank, one_line, wait_for_all
 from maestri.engine.errors import CheckpointError
 from maestri.engine.logs import Meter
 from maestri.engine.masters import MasterGroup, gather_masters
 from maestri.engine.teachers import Teachers
 from maestri.model.method import Method
+from maestri.shards.files import sync, write_atomically
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What a full or failing disk raises: torch's zip writer a RuntimeError, safetensors its own."""
@@ -126,8 +125,7 @@ def save(run: Path, parts: Parts, *, step: int, config: Mapping[str, Any], keep:
             if parts.ranks.is_main:
                 shutil.rmtree(final, ignore_errors=True)
                 draft.replace(final)
-                write_atomically(final.parent / "latest", f"{final.name}\n")
-                _sync(final.parent)
+                write_atomically(final.parent / "latest", f"{final.name}\n".encode())
                 _prune(final.parent, keep)
     except CheckpointError:
         if parts.ranks.is_main:
@@ -212,18 +210,10 @@ def _rank_state(parts: Parts) -> dict[str, Any]:
     return state
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from maestri.engine.config import RunConfig, as_plain
+from maestri.shards.files import write_atomically
 
 Config = TypeVar("Config")
 RECORDED_PACKAGES: tuple[str, ...] = ("maestri", "torch", "torchvision", "timm", "deepspeed", "numpy")
@@ -153,21 +153,11 @@ def save_config(config: RunConfig, out: Path) -> None:
     header = [f"# commit: {commit_of(Path(__file__).resolve().parent) or 'unknown'}"]
     header += [f"# {name}: {version}" for name, version in versions.items()]
     body = OmegaConf.to_yaml(OmegaConf.create(as_plain(config)))
-    write_atomically(out / "config.yaml", "\n".join(header) + "\n" + body)
+    write_atomically(out / "config.yaml", ("\n".join(header) + "\n" + body).encode())
 
 
-def read_config(run: Path) -> RunConfig:
-    """Returns the configuration a run was started with; raises ValueError if ``run`` is not a run."""
+def read_config(run: Path, arguments: Sequence[str] = ()) -> RunConfig:
+    """Returns the configuration a run was started with, flags over it; raises ValueError if ``run`` is not a run."""
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run} is not a run: it has no config.yaml")
-    return load_config(run / "config.yaml")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that it is whole or absent, also after a crash."""
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    return load_config(run / "config.yaml", arguments)

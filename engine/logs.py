@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from maestri.engine.config_files import write_atomically
 from maestri.engine.distributed import mean_over_ranks
 from maestri.engine.errors import NonFiniteLoss
+from maestri.shards.files import write_atomically
 
 
 class Meter:
@@ -118,7 +118,7 @@ class RunLog:
         self.path = out / "metrics.jsonl"
         last_step = {"train": first_step, "evaluation": first_step - 1}
         kept = [row for row in read_rows(self.path) if row["step"] <= last_step[row["kind"]]]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
@@ -183,5 +183,5 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def write_summary(out: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Writes ``out/summary.json`` from the run's rows and ``extra``, and returns it."""
     summary = summarise(read_rows(out / "metrics.jsonl")) | dict(extra)
-    write_atomically(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(out / "summary.json", (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
     return summary

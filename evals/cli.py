@@ -40,21 +40,18 @@ def run(argv: list[str]) -> int:
 
 def knn(arguments: Annotated[KnnArguments, tyro.conf.arg(name="")]) -> int:
     """k-NN accuracy of a run's student and teachers."""
-    from maestri.engine.config_files import load_config
+    from maestri.engine.config_files import read_config
     from maestri.engine.distributed import prepare_environment, quiet_libraries
     from maestri.engine.errors import RunError
     from maestri.pipelines.reader import TooManyBadSamples
 
-    config_path = arguments.run / "config.yaml"
     flags = []
     for name, value in (("data.shards", arguments.shards), ("data.test_shards", arguments.test_shards)):
         flags += [f"--{name}", value] * bool(value)
     if arguments.k:
         flags += ["--evaluation.k", *map(str, arguments.k)]
     try:
-        if not config_path.is_file():
-            raise ValueError(f"{arguments.run} is not a run: there is no {config_path}")
-        config = load_config(config_path, flags)
+        config = read_config(arguments.run, flags)
         device = prepare_environment(arguments.device)
         quiet_libraries()
         _judge(config, arguments, device)
@@ -70,9 +67,9 @@ def _judge(config: object, arguments: KnnArguments, device: object) -> None:
     from rich.console import Console
 
     from maestri.engine.config import RunConfig
-    from maestri.engine.config_files import write_atomically
     from maestri.evals.report import summary, table
     from maestri.evals.run import can_judge, judge_run
+    from maestri.shards.files import write_atomically
 
     assert isinstance(config, RunConfig) and isinstance(device, torch.device)
     if not can_judge(config, final=True):
@@ -80,7 +77,7 @@ def _judge(config: object, arguments: KnnArguments, device: object) -> None:
     report, checkpoint = judge_run(config, arguments.run, device)
     result = {"checkpoint": checkpoint.name, **summary(report)}
     text = json.dumps(result, indent=2) + "\n"
-    write_atomically(arguments.run / "knn.json", text)
+    write_atomically(arguments.run / "knn.json", text.encode())
     if arguments.json:
         print(text, end="")
     else:

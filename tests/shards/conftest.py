@@ -3,7 +3,6 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,13 +49,6 @@ def make_set(source: Path, out: Path, **settings: Any) -> ShardSet:
     """Converts a source with one worker and opens the set."""
     convert(source, out, ConvertConfig(**{"workers": 1, **settings}))
     return ShardSet.open(out)
-
-
-@pytest.fixture(scope="session")
-def kit() -> SimpleNamespace:
-    return SimpleNamespace(
-        picture=picture, encoded=encoded, jpeg=jpeg, write_files=write_files, contents=contents, make_set=make_set
-    )
 
 
 @pytest.fixture(scope="session")
