@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     CROP = 1
     FLIP = 2
     TOKEN_MASK = 3
+    COLOUR = 4
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint32]:

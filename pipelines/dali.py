@@ -18,7 +18,8 @@ from maestri.pipelines.reader import Samples
 from maestri.pipelines.views import GroupPlan, ViewPlan
 
 _INTERPOLATION = {"linear": DALIInterpType.INTERP_LINEAR, "cubic": DALIInterpType.INTERP_CUBIC}
-_ARRAYS_PER_VIEW = 4
+_WINDOW_TYPES: list[Any] = [DALIDataType.INT32, DALIDataType.INT32, DALIDataType.FLOAT, DALIDataType.FLOAT]
+_COLOUR_TYPES: list[Any] = [DALIDataType.FLOAT] * 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +42,8 @@ class GroupShape:
     """Views of each sample."""
     size: int
     """Height and width of a view, in pixels."""
+    has_colour: bool = False
+    """Whether colours are changed."""
 
 
 @pipeline_def
@@ -51,18 +54,16 @@ def view_graph(
     interpolation: DALIInterpType,
     antialias: bool,
 ) -> tuple[Any, ...]:
-    """Returns the graph: decode once, then for each view cut the window, resize, flip.  Outputs are uint8 ``HWC``.
+    """Returns the graph: decode once, then for each view cut the window, resize, flip, change colours.
+
+    Outputs are uint8 ``HWC``.
 
     The flip is free: it is the resize's region with its left and right swapped.
     """
-    num_views = sum(shape.count for shape in shapes.values())
-    encoded, *arguments = fn.external_source(
-        source=source,
-        num_outputs=1 + _ARRAYS_PER_VIEW * num_views,
-        batch=True,
-        dtype=[DALIDataType.UINT8]
-        + [DALIDataType.INT32, DALIDataType.INT32, DALIDataType.FLOAT, DALIDataType.FLOAT] * num_views,
-    )
+    dtypes = [DALIDataType.UINT8]
+    for shape in shapes.values():
+        dtypes += (_WINDOW_TYPES + _COLOUR_TYPES * shape.has_colour) * shape.count
+    encoded, *arguments = fn.external_source(source=source, num_outputs=len(dtypes), batch=True, dtype=dtypes)
     images = fn.decoders.image(
         encoded,
         device="mixed" if device == "gpu" else "cpu",
@@ -77,21 +78,26 @@ def view_graph(
             cut_start, cut_shape, region_start, region_end, *arguments = arguments
             # Cut before resizing: a resize by region alone reads neighbours outside of the window at its edges.
             window = fn.slice(images, cut_start, cut_shape, axes=[0, 1])
-            views.append(
-                fn.resize(
-                    window,
-                    size=[shape.size, shape.size],
-                    roi_start=region_start,
-                    roi_end=region_end,
-                    interp_type=interpolation,
-                    antialias=antialias,
-                )
+            view = fn.resize(
+                window,
+                size=[shape.size, shape.size],
+                roi_start=region_start,
+                roi_end=region_end,
+                interp_type=interpolation,
+                antialias=antialias,
             )
+            if shape.has_colour:
+                brightness, contrast, saturation, hue, *arguments = arguments
+                view = fn.color_twist(view, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+            views.append(view)
     return tuple(views)
 
 
 def view_arguments(group: GroupPlan, samples: Samples) -> list[NDArray[Any]]:
-    """Returns the graph's arguments for each view of a group: cut start and shape, region start and end (y, x)."""
+    """Returns the graph's arguments for each view of a group.
+
+    They are the cut's start and shape, the region's start and end (y, x), and what is done to colours, if anything is.
+    """
     windows: NDArray[Any] = group.windows
     cut_start: NDArray[Any]
     cut_shape: NDArray[Any]
@@ -107,7 +113,9 @@ def view_arguments(group: GroupPlan, samples: Samples) -> list[NDArray[Any]]:
         end = start + windows[..., 2:]
     flipped = group.flip
     start[flipped, 1], end[flipped, 1] = end[flipped, 1], start[flipped, 1]
-    arrays = (cut_start, cut_shape, start, end)
+    arrays = [cut_start, cut_shape, start, end]
+    if group.colour is not None:
+        arrays += list(np.moveaxis(group.colour, -1, 0))
     return [np.ascontiguousarray(array[view]) for view in range(len(windows)) for array in arrays]
 
 

@@ -160,7 +160,11 @@ class Loader:
     def _build_executor(self) -> DaliExecutor:
         return DaliExecutor(
             self._plan,
-            shapes={GLOBAL: GroupShape(count=self._views.count, size=self._views.size)},
+            shapes={
+                GLOBAL: GroupShape(
+                    count=self._views.count, size=self._views.size, has_colour=self._views.colour.changes
+                )
+            },
             batch_size=self._slice.stop - self._slice.start,
             device=self._device,
             interpolation=self._views.interpolation,

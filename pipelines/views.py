@@ -7,12 +7,13 @@ whose last bit differs between machines.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maestri.pipelines.colour import ColourConfig, plan_colour
 from maestri.pipelines.counter_rng import Purpose, as_integer_below, as_uniform, random_words
 from maestri.pipelines.masks import num_hidden, random_masks
 
@@ -37,6 +38,8 @@ class ViewsConfig:
     """Smallest and largest width / height of a crop."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    colour: ColourConfig = field(default_factory=ColourConfig)
+    """Colour jitter."""
     interpolation: Literal["linear", "cubic"] = "cubic"
     """Filter of the resize."""
     antialias: bool = True
@@ -58,9 +61,9 @@ class ViewsConfig:
             ("flip", 0 <= self.flip <= 1, "a probability, 0 to 1"),
             ("mask_ratio", 0 <= self.mask_ratio < 1, "0 ≤ ratio < 1"),
         )
-        for field, passed, expected in checks:
+        for name, passed, expected in checks:
             if not passed:
-                raise ValueError(f"views.{field} is {getattr(self, field)}; expected {expected}")
+                raise ValueError(f"views.{name} is {getattr(self, name)}; expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +78,8 @@ class GroupPlan:
     the window take part at its edges (evaluation)."""
     flip: NDArray[np.bool_]
     """``view batch``: mirrored left to right."""
+    colour: NDArray[np.float32] | None = None
+    """``view batch 4``: factors of brightness, contrast and saturation, and degrees of hue; None where none change."""
     token_mask: NDArray[np.bool_]
     """``view batch token``: True = hidden from the student."""
 
@@ -96,7 +101,7 @@ def plan_views(
     heights: NDArray[np.int64],
     patch: int,
 ) -> ViewPlan:
-    """Returns the plan of a batch: crop windows, flips and token masks.
+    """Returns the plan of a batch: crop windows, flips, colours and token masks.
 
     Args:
         config: what the views are.
@@ -114,7 +119,11 @@ def plan_views(
     num_tokens = (config.size // patch) ** 2
     count = num_hidden(config.mask_ratio, num_tokens)
     token_mask = random_masks(seed, positions, numbers, num_tokens=num_tokens, count=count)
-    return ViewPlan(groups={GLOBAL: GroupPlan(size=config.size, windows=windows, flip=flip, token_mask=token_mask)})
+    colour = None
+    if config.colour.changes:
+        colour = plan_colour(config.colour, seed=seed, positions=positions, views=numbers)
+    group = GroupPlan(size=config.size, windows=windows, flip=flip, colour=colour, token_mask=token_mask)
+    return ViewPlan(groups={GLOBAL: group})
 
 
 def random_resized_crops(

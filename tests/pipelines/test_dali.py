@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from maestri.pipelines.colour import ColourConfig, colour_map
 from maestri.pipelines.dali import DaliExecutor, GroupShape, PlannedBatch
 from maestri.pipelines.reader import CheckedReader, Samples
 from maestri.pipelines.views import GLOBAL, ViewsConfig, plan_center, plan_views
@@ -29,7 +30,7 @@ def _executor(source, config: ViewsConfig, batch_size: int, **options) -> DaliEx
     settings = {"num_threads": 1, "prefetch": 2, "device": _CPU} | options
     return DaliExecutor(
         source,
-        shapes={GLOBAL: GroupShape(count=config.count, size=config.size)},
+        shapes={GLOBAL: GroupShape(count=config.count, size=config.size, has_colour=config.colour.changes)},
         batch_size=batch_size,
         interpolation=config.interpolation,
         antialias=config.antialias,
@@ -207,3 +208,22 @@ def test_views__odd_shapes(size: tuple[int, int]) -> None:
 def test_executor__refuses_device(tiny_greys) -> None:
     with pytest.raises(ValueError, match="runs on cpu or cuda"):
         _executor(lambda index: None, ViewsConfig(), 8, device=torch.device("meta"))
+
+
+def test_executor__changes_colours_as_the_reference(make_photos: Callable) -> None:
+    """Also at the ends of the range, where values are cut off at 0 and 255."""
+    shard_set = make_photos(6, kind="4:4:4")
+    colour = ColourConfig(brightness=0.8, contrast=0.8, saturation=0.9, hue=0.5)
+    outputs = []
+    for config in (ViewsConfig(size=48), ViewsConfig(size=48, colour=colour)):
+        planned = _planned(shard_set, np.arange(6), config)
+        executor = _executor(lambda index, planned=planned: planned if index == 0 else None, config, 6)
+        outputs.append(next(executor)[1][GLOBAL].permute(0, 1, 3, 4, 2).numpy().astype(float))
+    before, after = outputs
+    factors = planned.plan.groups[GLOBAL].colour
+    assert factors is not None
+    for view, sample in np.ndindex(2, 6):
+        matrix, offset = colour_map(factors[view, sample])
+        expected = np.clip(before[view, sample] @ matrix.T + offset, 0, 255)
+        assert np.abs(after[view, sample] - expected).max() <= 1
+    assert np.abs(before - after).mean() > 20
