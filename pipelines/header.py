@@ -2,13 +2,10 @@
 
 import struct
 
-_SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
+from maestri.shards.jpeg import NotPlain, parse_header
+
+_JPEG_START = b"\xff\xd8"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-_START_OF_SCAN = 0xDA
-_FRAMES = {0xC0, 0xC1, 0xC2}
-"""Baseline, extended and progressive Huffman coding: what libjpeg-turbo and nvJPEG decode."""
-_OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
-_NO_LENGTH = {0x01, *range(0xD0, 0xD8)}
 _MAX_PIXELS = 1 << 28
 
 
@@ -23,7 +20,7 @@ def image_size(encoded: bytes | memoryview) -> tuple[int, int]:
         BadHeader: the bytes are something else, cut short, or of a kind we don't decode.
     """
     data = memoryview(encoded)
-    if bytes(data[:2]) == _SOI:
+    if bytes(data[:2]) == _JPEG_START:
         width, height = _jpeg_size(data)
     elif bytes(data[:8]) == _PNG_START:
         width, height = _png_size(data)
@@ -37,37 +34,13 @@ def image_size(encoded: bytes | memoryview) -> tuple[int, int]:
 
 
 def _jpeg_size(data: memoryview) -> tuple[int, int]:
-    """Walks the markers up to the frame header; looks for the end marker behind it."""
-    at, size = 2, len(data)
-    while at + 4 <= size:
-        if data[at] != 0xFF:
-            raise BadHeader(f"no JPEG marker at byte {at}")
-        marker = data[at + 1]
-        if marker == 0xFF or marker in _NO_LENGTH:
-            at += 1 if marker == 0xFF else 2
-            continue
-        length = data[at + 2] << 8 | data[at + 3]
-        if length < 2 or at + 2 + length > size:
-            raise BadHeader(f"the JPEG's segment at byte {at} runs past the end")
-        if marker in _FRAMES:
-            return _frame_size(data, at, length)
-        if marker in _OTHER_FRAMES or marker == _START_OF_SCAN:
-            raise BadHeader(f"JPEG marker {marker:#x} at byte {at} instead of a baseline or progressive frame")
-        at += 2 + length
-    raise BadHeader("the JPEG ends before its frame header")
-
-
-def _frame_size(data: memoryview, at: int, length: int) -> tuple[int, int]:
-    """Reads the frame header at byte ``at``."""
-    if length < 8:
-        raise BadHeader(f"the JPEG's frame header is {length} bytes long")
-    precision, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
-    if precision != 8 or components not in (1, 3) or length != 8 + 3 * components:
-        raise BadHeader(f"{components} components of {precision} bits; expected 1 or 3 of 8")
-    # Bytes behind the end marker are common and harmless; an end marker in a thumbnail stands before the frame header.
-    if bytes(data[-2:]) != _EOI and bytes(data[at + 2 + length :]).rfind(_EOI) < 0:
+    try:
+        header = parse_header(data)
+    except NotPlain as error:
+        raise BadHeader(str(error)) from None
+    if not header.has_end:
         raise BadHeader("the JPEG has no end marker")
-    return width, height
+    return header.width, header.height
 
 
 def _png_size(data: memoryview) -> tuple[int, int]:

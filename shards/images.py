@@ -1,4 +1,4 @@
-"""What is stored of an image: its own bytes where every decoder takes them, else a JPEG of quality 100."""
+"""What is stored of an image: its own bytes where every decoder takes them, else a new JPEG, or a PNG if asked."""
 
 import io
 import warnings
@@ -9,16 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from maestri.shards.jpeg import read_header
+from maestri.shards.jpeg import JpegHeader, NotPlain, parse_header
+from maestri.shards.jpeg_damage import find_damage
+from maestri.shards.pixels import (
+    decode_for,
+    decode_rare,
+    decode_tolerantly,
+    eight_bits,
+    encode,
+    shrunk_size,
+)
+from maestri.shards.png import find_png_damage, is_plain_png
 
-KEPT, TRANSCODED, MENDED = 0, 1, 2
-"""Values of the index column ``stored``."""
+KEPT, TRANSCODED, MENDED, FIXED, LOSSLESS, RESIZED = range(6)
+"""Values of the index column ``stored``: the source's bytes; a JPEG made of another kind of image; the source's bytes
+and an end marker; what could be got out of a damaged image; a PNG, the source's or a new one; a smaller image."""
 
-POLICY = {
-    "kept": "8-bit grey or YCbCr JPEG, byte for byte; a missing end marker is added",
-    "transcoded": "everything else: JPEG of quality 100, 4:4:4; alpha over white, 16 bits scaled to 8",
-}
-JPEG_QUALITY = 100
 MAX_PIXELS = 1 << 28
 """What the data path decodes at most; workers set Pillow's own limit to it."""
 MAX_SIDE = 65500
@@ -26,7 +32,7 @@ MAX_SIDE = 65500
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 """What Pillow may open: never a format that runs another program, as EPS does.  JPEG includes MPO."""
 _ORIENTATION_TAG = 274
-_END_MARKER = b"\xff\xd9"
+_JPEG_START, _END_MARKER = b"\xff\xd8", b"\xff\xd9"
 
 
 class BadImage(Exception):
@@ -38,7 +44,7 @@ class StoredImage:
     """What goes into a shard."""
 
     data: bytes
-    """A JPEG."""
+    """A JPEG or PNG."""
     width: int
     """Pixels, without regard to orientation."""
     height: int
@@ -46,28 +52,78 @@ class StoredImage:
     orientation: int
     """EXIF orientation of the source, 1–8."""
     stored: int
-    """``KEPT``, ``TRANSCODED`` or ``MENDED``."""
+    """``KEPT``, ``TRANSCODED``, ``MENDED``, ``FIXED``, ``LOSSLESS`` or ``RESIZED``."""
+    extension: Literal["jpg", "png"] = "jpg"
+    """What ``data`` is."""
 
 
-def store(source: bytes | NDArray[np.uint8], *, check: Literal["decode", "header"] = "decode") -> StoredImage:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Form:
+    """What a new image looks like."""
+
+    lossless: bool
+    resize_shorter: int
+    quality: int
+
+
+def store(
+    source: bytes | NDArray[np.uint8],
+    *,
+    check: Literal["decode", "header"] = "decode",
+    mend: bool = False,
+    lossless: bool = False,
+    resize_shorter: int = 0,
+    quality: int = 100,
+) -> StoredImage:
     """Returns what is stored of an image.
 
     Args:
-        source: an image file's bytes, or grey pixels ``height width``, 0–255.
-        check: ``decode`` decodes every image; ``header`` trusts a JPEG whose header parses and whose end is there.
+        source: an image file's bytes, or pixels: grey ``height width`` or RGB ``height width 3``, 0–255.
+        check: ``decode`` decodes every image; ``header`` trusts a JPEG or PNG whose header parses and that has an end.
+        mend: of a damaged image, store what a tolerant decoder makes of it, unless that is one colour throughout.
+        lossless: keep a PNG of 8-bit grey or RGB as it is, and make a PNG of all that would become a JPEG otherwise;
+            JPEGs that are damaged or resized still become JPEGs.
+        resize_shorter: reduce the shorter side to so many pixels; 0 for never.  Smaller images stay as they are.
+        quality: of new JPEGs, 1–100; below 95 their chroma is subsampled 4:2:0.
 
     Raises:
         BadImage: it is empty, no image, damaged or of no sane size.
     """
+    form = _Form(lossless=lossless, resize_shorter=resize_shorter, quality=quality)
     if isinstance(source, np.ndarray):
-        return _transcode(Image.fromarray(source), orientation=1)
+        is_image = source.dtype == np.uint8 and source.size and source.shape[2:] in ((), (3,)) and source.ndim > 1
+        if not is_image:
+            raise BadImage(f"an array of {source.dtype} {source.shape} is no image")
+        return _encoded(Image.fromarray(source), 1, form)
     if not source:
         raise BadImage("the file is empty")
     try:
+        return _store_file(source, check, form)
+    except BadImage:
+        if mend and (fixed := _fixed(source, form)):
+            return fixed
+        raise
+
+
+def _store_file(source: bytes, check: str, form: _Form) -> StoredImage:
+    why_not_plain = "no JPEG"
+    if source[:2] == _JPEG_START:
+        try:
+            header = parse_header(source)
+        except NotPlain as error:
+            why_not_plain = str(error)
+        else:
+            if not header.is_rgb:
+                return _store_jpeg(source, header, check, form)
+        if damage := find_damage(source, None):
+            raise BadImage(damage)
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF blocks are common and harmless
-            return _store_file(source, check)
+            return _store_other(source, check, form)
     except UnidentifiedImageError:
+        if source[:3] == _JPEG_START + b"\xff":
+            raise BadImage(f"a JPEG that nothing here decodes: {why_not_plain}") from None
         raise BadImage(f"no known image format ({len(source)} bytes, starting {source[:4].hex(' ')})") from None
     except (BadImage, MemoryError):
         raise
@@ -75,38 +131,70 @@ def store(source: bytes | NDArray[np.uint8], *, check: Literal["decode", "header
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def _store_file(source: bytes, check: str) -> StoredImage:
-    with Image.open(io.BytesIO(source), formats=FORMATS) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise BadImage(f"{width} × {height} pixels is no sane size")
-        orientation = _orientation(image)
-        header = read_header(source)
-        if header is None or header.is_rgb:
-            return _transcode(image, orientation=orientation)
-        if not header.has_end and not _is_whole(source):
+def _store_jpeg(source: bytes, header: JpegHeader, check: str, form: _Form) -> StoredImage:
+    """Stores a plain JPEG."""
+    _check_size(header.width, header.height)
+    if not header.has_end and header.is_progressive:
+        raise BadImage(f"cut short: {len(source)} bytes without an end marker, and any scan may be missing")
+    data = source if header.has_end else source.rstrip(b"\xff") + _END_MARKER
+    if check == "decode" or not header.has_end:
+        damage = find_damage(data, header)
+        if damage and not header.has_end:
             raise BadImage(f"cut short: {len(source)} bytes without an end marker")
-        if check == "decode" and header.has_end:
+        if damage:
+            raise BadImage(damage)
+    if shrunk_size(header.width, header.height, form.resize_shorter) != (header.width, header.height):
+        try:
+            pixels = decode_for(data, header, form.resize_shorter)
+        except Exception as error:  # a header that was trusted
+            raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
+        return _encoded(pixels, header.orientation, form, size=(header.width, header.height), is_jpeg=True)
+    return StoredImage(
+        data=data,
+        width=header.width,
+        height=header.height,
+        orientation=header.orientation,
+        stored=KEPT if header.has_end else MENDED,
+    )
+
+
+def _store_other(source: bytes, check: str, form: _Form) -> StoredImage:
+    """Stores whatever Pillow opens."""
+    with _open(source) as image:
+        _check_size(*image.size)
+        stays = form.lossless and shrunk_size(*image.size, form.resize_shorter) == image.size
+        stays = stays and is_plain_png(source, image)
+        if image.format == "PNG" and not (stays and check == "header") and (damage := find_png_damage(source)):
+            raise BadImage(damage)
+        if stays:
+            if check == "decode":
+                image.load()
+            return StoredImage(
+                data=source,
+                width=image.width,
+                height=image.height,
+                orientation=_orientation(image),
+                stored=LOSSLESS,
+                extension="png",
+            )
+        try:
             image.load()
-        data = source if header.has_end else source + _END_MARKER
-        stored = KEPT if header.has_end else MENDED
-        return StoredImage(data=data, width=header.width, height=header.height, orientation=orientation, stored=stored)
+        except OSError:
+            rare = decode_rare(source) if image.format == "JPEG" else None
+            if rare is None:
+                raise
+            return _encoded(rare, _orientation(image), form)
+        # Only now: loading a TIFF, Pillow turns it and forgets its orientation.
+        return _encoded(eight_bits(image), _orientation(image), form)
 
 
-def _is_whole(source: bytes) -> bool:
-    """Returns whether a JPEG lacks its end marker and nothing else.
+def _open(source: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(source), formats=FORMATS)
 
-    Pillow refuses both.  Where all blocks are there, bytes behind them change no pixel; where some lack, they are read
-    as blocks.  A progressive JPEG cut short between two scans would pass as well, so none does.
-    """
-    pixels = set()
-    for filler in (b"\0", b"\x55"):
-        filled = source.rstrip(b"\xff") + filler * 64 + _END_MARKER
-        with Image.open(io.BytesIO(filled), formats=("JPEG",)) as image:
-            if "progressive" in image.info:
-                return False
-            pixels.add(image.tobytes())
-    return len(pixels) == 1
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width} × {height} pixels is no sane size")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -117,40 +205,54 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _transcode(image: Image.Image, *, orientation: int) -> StoredImage:
-    if max(image.size) > MAX_SIDE:
-        raise BadImage(f"{image.width} × {image.height} pixels; a JPEG has at most {MAX_SIDE} a side")
-    pixels = _to_eight_bits(image)
-    buffer = io.BytesIO()
-    pixels.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+def _fixed(source: bytes, form: _Form) -> StoredImage | None:
+    """Returns what can be got out of a damaged image, None if that is nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _open(source) as image:
+                _check_size(*image.size)
+                orientation = _orientation(image)
+            pixels = decode_tolerantly(source, _open)
+            if pixels is None:
+                return None
+            return _encoded(pixels, orientation, form, stored=FIXED, is_jpeg=source[:2] == _JPEG_START)
+    except Exception:  # the image stays as bad as it was found to be
+        return None
+
+
+def _encoded(
+    image: Image.Image,
+    orientation: int,
+    form: _Form,
+    *,
+    size: tuple[int, int] | None = None,
+    stored: int | None = None,
+    is_jpeg: bool = False,
+) -> StoredImage:
+    """Returns a new image.
+
+    Args:
+        image: 8-bit grey or RGB.
+        orientation: of the source.
+        form: what the new image looks like.
+        size: of the source, if ``image`` was decoded smaller.
+        stored: what is said of it; None for what its form says.
+        is_jpeg: whether the source was one, which a PNG would not make better.
+    """
+    size = size or image.size
+    target = shrunk_size(*size, form.resize_shorter)
+    pixels = image if target == image.size else image.resize(target, Image.Resampling.LANCZOS)
+    lossless = form.lossless and not is_jpeg
+    if max(pixels.size) > MAX_SIDE and not lossless:
+        raise BadImage(f"{pixels.width} × {pixels.height} pixels; a JPEG has at most {MAX_SIDE} a side")
+    if stored is None:
+        stored = RESIZED if target != size else LOSSLESS if lossless else TRANSCODED
     return StoredImage(
-        data=buffer.getvalue(),
+        data=encode(pixels, lossless=lossless, quality=form.quality),
         width=pixels.width,
         height=pixels.height,
         orientation=orientation,
-        stored=TRANSCODED,
+        stored=stored,
+        extension="png" if lossless else "jpg",
     )
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Returns a grey or RGB image of 8 bits a channel, without anything else of the file's (profile, EXIF, comment)."""
-    if image.mode == "F":
-        raise BadImage("floating-point pixels have no stated range")
-    if image.mode.startswith("I"):
-        return _from_sixteen_bits(np.asarray(image, np.int64))
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        grey = image.mode in ("1", "L", "LA", "La")
-        return Image.alpha_composite(white, straight).convert("L" if grey else "RGB")
-    pixels = image.convert("L" if image.mode in ("1", "L") else "RGB")
-    pixels.info.clear()
-    return pixels
-
-
-def _from_sixteen_bits(values: NDArray[np.int64]) -> Image.Image:
-    """Returns 0–65535 as 0–255, rounded."""
-    lowest, highest = int(values.min()), int(values.max())
-    if lowest < 0 or highest > 65535:
-        raise BadImage(f"32-bit pixels from {lowest} to {highest} have no stated range; expected 0 to 65535")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))

@@ -167,7 +167,7 @@ def test_store__survives_damage(encode: Encode, make_jpeg: Encode, kind: str, da
     try:
         image = store(bytes(source))
     except BadImage as error:
-        assert str(error) and "\n" not in str(error) and "0x" not in str(error)
+        assert str(error) and "\n" not in str(error) and "object at" not in str(error)
     else:
         assert decoded(image.data).size == (image.width, image.height)
 
