@@ -78,7 +78,7 @@ def view_graph(
             cut_start, cut_shape, region_start, region_end, *arguments = arguments
             # Cut before resizing: a resize by region alone reads neighbours outside of the window at its edges.
             window = fn.slice(images, cut_start, cut_shape, axes=[0, 1])
-            view = fn.resize(
+            view: Any = fn.resize(
                 window,
                 size=[shape.size, shape.size],
                 roi_start=region_start,

@@ -1,153 +1,87 @@
-"""``maestri shards``: convert, inspect and verify data sets."""
+"""``maestri shards``: its commands, and what a user sees when something is wrong."""
 
-import json
+import contextlib
+import functools
+import io
+import itertools
 import logging
+import re
 import sys
-from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from maestri.shards import convert as conversion
-from maestri.shards.convert import QUARANTINE_LIST, ConvertConfig
+from maestri.shards.commands.convert import convert
+from maestri.shards.commands.index import index
+from maestri.shards.commands.inspect import inspect
+from maestri.shards.commands.merge import merge
+from maestri.shards.commands.repack import repack
+from maestri.shards.commands.sample import sample
+from maestri.shards.commands.stats import stats
+from maestri.shards.commands.verify import verify
 from maestri.shards.errors import ShardError
-from maestri.shards.manifest import Manifest
-from maestri.shards.shard_set import ShardSet
-from maestri.shards.verify import damage
 
-Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+COMMANDS: tuple[Callable[..., int], ...] = (convert, index, verify, merge, repack, stats, sample, inspect)
+DESCRIPTION = "Turn data sets into shards, check them, and look at them."
+USAGE_ERROR = 2
+_DIVIDER = re.compile("[╰─]{2}|-{3,}$")
 
 
 def run(argv: list[str]) -> int:
     """Runs ``maestri shards`` and returns its exit code: 0, 1 after an error or damage, 2 after wrong usage."""
     logging.basicConfig(format="maestri shards: %(message)s", stream=sys.stderr)
     app = tyro.extras.SubcommandApp()
-    app.command(name="convert")(convert)
-    app.command(name="inspect")(inspect)
-    app.command(name="verify")(verify)
+    for command in COMMANDS:
+        name, doc = command.__name__, command.__doc__ or ""
+        brief = None if argv[:1] == [name] else doc.splitlines()[0]  # in the list of all commands
+        app.command(name=name, help=brief)(_caught(command))
     try:
-        return int(app.cli(prog="maestri shards", args=argv, use_underscores=False) or 0)
+        with _usage_errors(argv):
+            outcome = app.cli(prog="maestri shards", description=DESCRIPTION, args=argv, use_underscores=False)
+        return int(outcome())
     except SystemExit as stop:
-        return int(stop.code or 0) if not isinstance(stop.code, str) else 2
+        return int(stop.code or 0) if not isinstance(stop.code, str) else USAGE_ERROR
     except (ShardError, OSError) as error:
         print(f"maestri shards: {error}", file=sys.stderr)
         return 1
 
 
-def convert(
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
-    *,
-    config: Annotated[ConvertConfig, tyro.conf.arg(name="")] = ConvertConfig(),  # noqa: B008  # frozen
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-) -> int:
-    """Convert a data set into shards, once, for every training run after.
+def _caught(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """Returns a function that takes the same arguments and does nothing with them yet."""
 
-    SOURCE is a folder of images (one folder per class, or flat), an idx3 file such as train-images-idx3-ubyte.gz with
-    its labels file beside it, or a folder of such files.  OUT becomes a set of shards: plain WebDataset tars with
-    DALI's .idx beside each, an index and a manifest.  8-bit grey and YCbCr JPEGs keep their bytes; everything else
-    becomes a JPEG of quality 100.  Images that cannot be read are left out, listed in OUT/quarantine.jsonl with the
-    reason, and their bytes kept in OUT/quarantine.
+    @functools.wraps(command)
+    def caught(*args: Any, **kwargs: Any) -> Callable[[], int]:
+        return functools.partial(command, *args, **kwargs)
 
-    Interrupted at any moment, the same command finishes the job, to the same bytes.
-
-    Args:
-        source: What to convert.
-        out: Folder for the set.
-        config: Settings.
-        as_json: Print the result as JSON.
-    """
-    console = Console(stderr=True)
-    with _progress(console) as progress:
-        bar = progress.add_task("converting", total=None, bytes=0, bad=0, resumed=0)
-
-        def report(at: conversion.Progress) -> None:
-            progress.update(
-                bar, completed=at.images, total=at.total_images, bytes=at.bytes, bad=at.bad, resumed=at.resumed_images
-            )
-
-        manifest = conversion.convert(source, out, config, report=report)
-    if manifest.num_quarantined and not as_json:
-        text = f"{manifest.num_quarantined:,} images could not be read: see {out / QUARANTINE_LIST}"
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
-    if as_json:
-        print(json.dumps(_facts(manifest)))
-    else:
-        Console().print(_table(out, manifest))
-    return 0
+    return caught
 
 
-def inspect(folder: Folder, *, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
-    """Show what a set of shards holds, without reading its images.
-
-    Args:
-        folder: The set.
-        as_json: Print JSON.
-    """
-    with ShardSet.open(folder) as shard_set:
-        if as_json:
-            print(json.dumps(_facts(shard_set.manifest)))
-        else:
-            Console().print(_table(folder, shard_set.manifest))
-    return 0
-
-
-def verify(folder: Folder) -> int:
-    """Read every byte of a set and name each damaged shard and sample; exit code 1 if there is one.
-
-    Args:
-        folder: The set.
-    """
-    with ShardSet.open(folder) as shard_set:
-        lines = list(damage(shard_set))
-        for line in lines:
-            print(line, file=sys.stderr)
-        if not lines:
-            Console().print(
-                f"{folder}: {len(shard_set):,} images are whole", highlight=False, soft_wrap=True, markup=False
-            )
-    return 1 if lines else 0
+@contextlib.contextmanager
+def _usage_errors(argv: list[str]) -> Iterator[None]:
+    """Makes one line of what tyro prints in a box when it does not understand."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except SystemExit as stop:
+        if stop.code not in (None, 0):
+            names = [command.__name__ for command in COMMANDS]
+            command = f" {argv[0]}" if argv and argv[0] in names else ""
+            print(f"maestri shards{command}: {_one_line(printed.getvalue(), command)}", file=sys.stderr)
+        raise
+    print(printed.getvalue(), end="", file=sys.stderr)
 
 
-class _Rates(ProgressColumn):
-    """Images and megabytes per second since the start, and bad images so far."""
-
-    def render(self, task: Task) -> Text:
-        seconds = max(task.elapsed or 0.0, 1e-3)
-        images = (task.completed - task.fields["resumed"]) / seconds
-        megabytes = task.fields["bytes"] / 1e6 / seconds
-        return Text(f"{images:,.0f} images/s  {megabytes:,.1f} MB/s  {task.fields['bad']} bad")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rates(), TextColumn("left"),
-        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
-
-
-def _facts(manifest: Manifest) -> dict[str, object]:
-    facts = asdict(manifest)
-    del facts["index"]
-    return facts
-
-
-def _table(folder: Path, manifest: Manifest) -> Table:
-    table = Table(title=str(folder), show_header=False)
-    rows = (
-        ("images", f"{manifest.num_samples:,}"),
-        ("classes", f"{len(manifest.class_names):,}" if manifest.class_names else "none"),
-        ("shards", f"{len(manifest.shards):,}, {sum(s.bytes for s in manifest.shards) / 1e6:,.1f} MB"),
-        ("left out", f"{manifest.num_quarantined:,}"),
-        ("source", f"{manifest.source['kind']} {manifest.source['name']}"),
-        ("kept", manifest.images["kept"]),
-        ("transcoded", manifest.images["transcoded"]),
-    )
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
+def _one_line(boxed: str, command: str) -> str:
+    """Returns the first paragraph of a box, what tyro thinks was meant, and where to read on."""
+    rows = [line.strip("│| ") for line in boxed.splitlines()[1:]]  # without the title; not always is there a box
+    lines = list(itertools.dropwhile(_DIVIDER.match, filter(None, rows)))
+    divider = next((at for at, line in enumerate(lines) if _DIVIDER.match(line)), len(lines))
+    text = " ".join(" ".join(lines[:divider]).split()) or "wrong usage"
+    text = re.split(r" Arguments are applied to the directly preceding", text)[0].rstrip(". ")
+    text = text.removeprefix(f"Missing from maestri shards{command}: ")
+    for at, line in enumerate(lines[:-1]):
+        if line.startswith("Perhaps you meant"):
+            text += f"; perhaps you meant {lines[at + 1].split()[0]}"
+    return f"{text}; see maestri shards{command} --help"

@@ -4,56 +4,110 @@ A shard is a fixed range of the shuffled source, so its bytes depend neither on 
 earlier attempt stopped.  Finished shards are kept; the manifest is written last and makes the set whole.
 """
 
-import json
+import itertools
 import multiprocessing
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from maestri.shards import index, worker
+from maestri.shards import worker
 from maestri.shards.byte_size import ByteSize
+from maestri.shards.classes import class_names_of
+from maestri.shards.disk_space import require_space
 from maestri.shards.errors import ShardError
-from maestri.shards.files import sha256_of, write_atomically
-from maestri.shards.images import JPEG_QUALITY, POLICY
+from maestri.shards.finish import finish
 from maestri.shards.journal import Journal
-from maestri.shards.manifest import Manifest, ShardInfo
-from maestri.shards.plan import cut, recipe_of, shuffled
+from maestri.shards.listing import Listing
+from maestri.shards.manifest import Manifest
+from maestri.shards.plan import cut, cut_by_count, in_order, recipe_of, shuffled
 from maestri.shards.shard_set import ShardSet
-from maestri.shards.sources import Listing, Source, open_source
-from maestri.shards.worker import Counters, Task
+from maestri.shards.sources import Source, open_source
+from maestri.shards.worker import Counters, Storing, Task
 
-QUARANTINE_LIST = "quarantine.jsonl"
 POLL_SECONDS = 0.2
+_BOUNDS = {
+    "workers": (1, 1024),
+    "shard_bytes": (1, 2**62),
+    "shard_samples": (0, 2**40),
+    "seed": (-1, 2**63 - 1),
+    "resize_shorter": (0, 65500),
+    "quality": (1, 100),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """Settings of a conversion; all but ``workers`` decide the shards' bytes."""
+    """Settings of a conversion; all but ``workers``, ``part`` and ``check_space`` decide the shards' bytes."""
 
-    split: str = ""
-    """Of SOURCE, where it has several: a subfolder, or an idx3 file's first word (test also finds t10k)."""
-    format: Literal["tar"] = "tar"
-    """What shards are: ``tar`` is plain WebDataset."""
+    format: Literal["tar", "beton", "both"] = "tar"
+    """What shards are: plain WebDataset tars, FFCV .beton files, or both in one pass, into OUT/tar and OUT/beton."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that read, check and write; by default one for each core."""
+    part: str = ""
+    """Such as 3/8: convert only the third of eight parts, on one of eight machines that share OUT; then merge."""
+    split: str = ""
+    """Of SOURCE, where it has several: a subfolder, or an idx3 file's first word (test also finds t10k).
+
+    Several, as in train,val, make a set each, OUT/train and OUT/val, with one list of classes."""
+    labels: Path | None = None
+    """File with the images' labels, where SOURCE has none: image and class (or classes) in each line."""
+    classes: Path | None = None
+    """Number classes as this set of shards does, or as this text file lists them, a name a line."""
+    image: str = ""
+    """Which tar member (such as jpg), parquet column or beton field holds the image, where it is not obvious."""
+    label: str = ""
+    """Which tar member or json key, parquet column or beton field holds the label, where it is not obvious."""
     shard_bytes: ByteSize = 256 * 2**20
     """Bytes of the source that go into a shard, about; also as 500MB or 1GiB."""
+    shard_samples: int = 0
+    """Images that go into a shard, instead of --shard-bytes; 0 for by bytes."""
     seed: int = 0
-    """Of the global shuffle."""
+    """Of the global shuffle; -1 for the source's own order."""
     check: Literal["decode", "header"] = "decode"
     """``decode`` decodes every image once, which a GPU decoder needs; ``header`` only parses the header."""
+    bad: Literal["quarantine", "fail", "fix"] = "quarantine"
+    """A bad image is left out and kept aside, ends the conversion, or is encoded again as far as it can be decoded."""
+    lossless: bool = False
+    """Keep PNG files as they are, and store as PNG what would otherwise become a JPEG (tar only)."""
+    resize_shorter: int = 0
+    """Pixels to which the shorter side is reduced; 0 for no change."""
+    quality: int = 100
+    """Of JPEGs that have to be encoded, 1-100."""
+    check_space: bool = True
+    """Stop at the start if the disk will not hold the set."""
 
     def __post_init__(self) -> None:
-        for name, least, most in (("workers", 1, 1024), ("shard_bytes", 1, 2**62), ("seed", 0, 2**63 - 1)):
+        for name, (least, most) in _BOUNDS.items():
             if not least <= getattr(self, name) <= most:
                 flag = f"--{name.replace('_', '-')}"
                 raise ShardError(f"{flag} is {getattr(self, name)}; expected a number from {least} to {most}")
+        if self.lossless and self.format != "tar":
+            raise ShardError(f"--lossless is for --format tar, and not {self.format}: FFCV reads no PNG")
+        if self.part:
+            self.part_of()
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats to write."""
+        return ("tar", "beton") if self.format == "both" else (self.format,)
+
+    def part_of(self) -> tuple[int, int]:
+        """Returns which part this is, from 0, and of how many.
+
+        Raises:
+            ShardError: it is not like 3/8.
+        """
+        if not self.part:
+            return 0, 1
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.part)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ShardError(f"--part is '{self.part}'; expected something from 1/8 to 8/8")
+        return int(match[1]) - 1, int(match[2])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,96 +121,206 @@ class Progress:
     bad: int
     """Quarantined."""
     total_images: int
-    """In the source."""
+    """To do in all."""
+    total_bytes: int
+    """To do in all."""
     resumed_images: int
     """Of those done, found finished at the start."""
 
 
+Report = Callable[[Progress], None]
+
+
 def convert(
-    source_path: Path, out: Path, config: ConvertConfig, *, report: Callable[[Progress], None] = lambda _: None
-) -> Manifest:
-    """Converts a source and returns the manifest of the set.
+    source_path: Path, out: Path, config: ConvertConfig, *, report: Report = lambda _: None
+) -> dict[str, Manifest]:
+    """Converts a source and returns the manifest of the set in each format; of a part, none.
 
     Args:
-        source_path: a folder of images, a folder with idx3 files, or an idx3 file.
+        source_path: what ``open_source`` takes.
         out: the set's folder; made if it is missing.  One left by the same command that was interrupted is finished.
         config: the settings.
         report: called about five times a second.
 
     Raises:
-        ShardError: the source cannot be converted, ``out`` holds something else, no image is readable, the disk is
-            full, or a worker died; what is finished stays.
+        ShardError: the source cannot be converted, ``out`` holds something else, no image is readable, an image is bad
+            and none may be, the disk is full, or a worker died; what is finished stays.
     """
-    source = open_source(source_path, split=config.split)
-    if out.resolve().is_relative_to(source.path.resolve()):
+    source = open_source(source_path, split=config.split, labels=config.labels, image=config.image, label=config.label)
+    return convert_source(source, out, config, report=report)
+
+
+def convert_source(
+    source: Source,
+    out: Path,
+    config: ConvertConfig,
+    *,
+    report: Report = lambda _: None,
+    class_names: tuple[str, ...] | None = None,
+) -> dict[str, Manifest]:
+    """Converts an opened source; see ``convert``.
+
+    Args:
+        source: the source.
+        out: the set's folder.
+        config: the settings; ``split``, ``labels``, ``image`` and ``label`` were used to open the source.
+        report: called about five times a second.
+        class_names: how classes are numbered, instead of the source's own numbers or ``config.classes``.
+    """
+    if any(out.resolve().is_relative_to(path.resolve()) for path in (source.path, *source.files)):
         raise ShardError(f"{out} lies inside the source {source.path}; choose a folder outside of it")
-    listing = source.listing()
-    settings = {"format": config.format, "shard_bytes": config.shard_bytes, "seed": config.seed}
-    settings |= {"check": config.check, "quality": JPEG_QUALITY, "version": 1, "kind": source.kind}
-    recipe = recipe_of(listing.digest(), settings)
-    tasks = _tasks(listing, config)
     try:
-        with Journal(out, recipe) as journal:
-            if journal.is_complete:
-                ShardSet.open(out).close()
-                return Manifest.read(out)
-            _write_shards(source, out, tasks, config, report)
-            manifest = _finish(source, listing, journal, tasks, config)
-            journal.remove()
-            return manifest
+        with Journal(out, config.formats, part=config.part) as journal:
+            stage = getattr(source, "stage", None)
+            if stage is not None:
+                journal.staged.mkdir(exist_ok=True)
+                stage(journal.staged)
+            listing = source.listing()
+            wanted = class_names or (class_names_of(config.classes) if config.classes else None)
+            if wanted is not None:
+                listing = listing.with_classes(wanted)
+            plan = _Plan(listing, config)
+            if journal.claim(_head(source, listing, plan, config)):
+                return _whole(journal)
+            _write_shards(source, journal, plan, config, report)
+            if config.part:
+                return {}
+            return finish(journal)
     except OSError as error:
         at = error.filename or out
         raise ShardError(f"{error.strerror or error}: {at}; once that is mended, the same command continues") from None
 
 
-def _tasks(listing: Listing, config: ConvertConfig) -> list[Task]:
-    order = shuffled(len(listing.keys), config.seed)
-    bounds = cut(listing.sizes[order], config.shard_bytes)
-    width = max(5, len(str(len(bounds))))
-    return [
-        Task(
-            name=f"shard-{number:0{width}d}",
-            number=number,
-            samples=order[first:last],
-            keys=tuple(listing.keys[sample] for sample in order[first:last]),
-            labels=listing.labels[order[first:last]],
-            sizes=listing.sizes[order[first:last]],
-        )
-        for number, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
-    ]
+class _Plan:
+    """Which sample goes into which shard."""
+
+    def __init__(self, listing: Listing, config: ConvertConfig) -> None:
+        self.listing = listing
+        self.order = in_order(len(listing)) if config.seed < 0 else shuffled(len(listing), config.seed)
+        if config.shard_samples:
+            self.bounds = cut_by_count(len(listing), config.shard_samples)
+        else:
+            self.bounds = cut(listing.sizes[self.order], config.shard_bytes)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.bounds) - 1
+
+    def name(self, number: int) -> str:
+        return f"shard-{number:0{max(5, len(str(self.num_shards)))}d}"
+
+    def num_samples(self, number: int) -> int:
+        return int(self.bounds[number + 1] - self.bounds[number])
+
+    def num_bytes(self, number: int) -> int:
+        return int(self.listing.sizes[self.order[self.bounds[number] : self.bounds[number + 1]]].sum())
+
+    def task(self, number: int) -> Task:
+        first, last = self.bounds[number], self.bounds[number + 1]
+        samples = self.listing.take(self.order[first:last])
+        return Task(name=self.name(number), number=number, first_sample=int(first), samples=samples)
 
 
-def _write_shards(
-    source: Source, out: Path, tasks: list[Task], config: ConvertConfig, report: Callable[[Progress], None]
-) -> None:
+def _head(source: Source, listing: Listing, plan: _Plan, config: ConvertConfig) -> dict[str, Any]:
+    """Returns what the journal keeps of a conversion; ``manifest`` holds fields of the set's."""
+    storing = asdict(_storing(config))
+    if storing["bad"] != "fix":
+        del storing["bad"]  # decides no bytes
+    settings: dict[str, Any] = {
+        "shard_bytes": config.shard_bytes,
+        "shard_samples": config.shard_samples,
+        "seed": config.seed,
+    }
+    settings |= {"version": 2, "kind": source.kind, "formats": config.formats, **storing}
+    several = listing.label_ends is not None
+    return {
+        "recipe": recipe_of(listing.digest(), settings),
+        "formats": config.formats,
+        "num_shards": plan.num_shards,
+        "part_count": config.part_of()[1],
+        "manifest": {
+            "source": {"kind": source.kind, "name": source.path.resolve().name},
+            "labels": "several" if several else "class" if listing.class_names else "none",
+            "class_names": listing.class_names,
+            "images": _policy(config),
+            "seed": config.seed,
+        },
+    }
+
+
+def _policy(config: ConvertConfig) -> dict[str, str]:
+    """Returns what is stored of images, in words."""
+    jpeg = f"JPEG of quality {config.quality}, {'4:4:4' if config.quality >= 95 else '4:2:0'}"
+    form = "PNG" if config.lossless else jpeg
+    policy = {
+        "kept": "8-bit grey or YCbCr JPEG, byte for byte; a missing end marker is added",
+        "transcoded": f"everything else: {form}; alpha over white, 16 bits scaled to 8",
+        "check": config.check,
+    }
+    if config.lossless:
+        policy["kept"] += "; 8-bit grey or RGB PNG, byte for byte"
+    if config.bad == "fix":
+        policy["fixed"] = f"damaged images, as far as they can be decoded: {jpeg}"
+    if config.resize_shorter:
+        policy["resized"] = f"shorter side at most {config.resize_shorter} pixels: {jpeg}"
+    return policy
+
+
+def _storing(config: ConvertConfig) -> Storing:
+    return Storing(
+        check=config.check,
+        bad=config.bad,
+        lossless=config.lossless,
+        resize_shorter=config.resize_shorter,
+        quality=config.quality,
+    )
+
+
+def _whole(journal: Journal) -> dict[str, Manifest]:
+    """Returns the manifests of sets that were found whole."""
+    found = {}
+    for form in journal.formats:
+        ShardSet.open(journal.folder(form)).close()
+        found[form] = Manifest.read(journal.folder(form))
+    return found
+
+
+def _write_shards(source: Source, journal: Journal, plan: _Plan, config: ConvertConfig, report: Report) -> None:
     """Writes all shards that are not there yet."""
-    waiting = [task for task in tasks if not (out / f"{task.name}.tar").exists()]
-    total = sum(len(task.samples) for task in tasks)
-    resumed = total - sum(len(task.samples) for task in waiting)
+    part, num_parts = config.part_of()
+    mine = range(part, plan.num_shards, num_parts)
+    finished = journal.finished()
+    waiting = [number for number in mine if plan.name(number) not in finished]
+    total = sum(plan.num_samples(number) for number in mine)
+    resumed = total - sum(plan.num_samples(number) for number in waiting)
+    num_bytes = sum(plan.num_bytes(number) for number in waiting)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["maestri.shards.worker", "maestri.shards.webdataset_writer"])
-    counters = Counters(context, len(tasks))
+    counters = Counters(context, plan.num_shards)
 
     def tell() -> None:
         images, size, bad = counters.totals()
-        report(Progress(images=resumed + images, bytes=size, bad=bad, total_images=total, resumed_images=resumed))
+        report(
+            Progress(
+                images=resumed + images, bytes=size, bad=bad, total_images=total, total_bytes=num_bytes,
+                resumed_images=resumed,
+            )
+        )  # fmt: skip
 
     tell()
     if not waiting:
         return
+    if config.check_space and not config.resize_shorter:
+        require_space(journal.out, num_bytes * len(config.formats))
+    num_workers = min(config.workers, len(waiting))
     pool = ProcessPoolExecutor(
-        min(config.workers, len(waiting)),
+        num_workers,
         mp_context=context,
         initializer=worker.start,
-        initargs=(source, out.absolute(), config.check, counters),
+        initargs=(source, journal.paths_only(), _storing(config), counters),
     )
     try:
-        futures: set[Future[str]] = {pool.submit(worker.run, task) for task in waiting}
-        while futures:
-            done, futures = wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
-            tell()
-            for future in done:
-                future.result()
+        _run_all(pool, (plan.task(number) for number in waiting), limit=2 * num_workers, tell=tell)
     except BrokenProcessPool:
         raise ShardError("a worker process died; run the same command again to continue") from None
     finally:
@@ -165,44 +329,12 @@ def _write_shards(
     tell()
 
 
-def _finish(source: Source, listing: Listing, journal: Journal, tasks: list[Task], config: ConvertConfig) -> Manifest:
-    """Writes quarantine list, index and manifest from the journal; the manifest makes the set whole."""
-    out = journal.out
-    infos: list[ShardInfo] = []
-    bad: list[dict[str, str]] = []
-    parts = []
-    for task in tasks:
-        record, part = journal.record(task.name)
-        count = len(part["offset"])
-        part["shard"] = np.full(count, len(infos), np.int64)
-        parts.append(part)
-        bad += [{"shard": task.name, **entry} for entry in record["bad"]]
-        if not count:
-            journal.drop_shard(task.name)  # DALI refuses an empty one
-            continue
-        name = f"{task.name}.tar"
-        infos.append(ShardInfo(name=name, bytes=record["bytes"], num_samples=count, sha256=record["sha256"]))
-    num_samples = sum(info.num_samples for info in infos)
-    if not num_samples:
-        journal.discard([task.name for task in tasks])
-        first = f"{bad[0]['source']}: {bad[0]['reason']}"
-        raise ShardError(f"none of the {len(bad)} images of {source.path} can be read; the first: {first}")
-    listed = "".join(json.dumps(entry) + "\n" for entry in bad)
-    write_atomically(out / QUARANTINE_LIST, listed.encode())
-    joined: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    joined["key_end"] = np.cumsum(joined.pop("key_bytes"))
-    content, layout = index.encode(joined, joined.pop("keys").tobytes())
-    write_atomically(out / index.FILE_NAME, content)
-    manifest = Manifest(
-        source={"kind": source.kind, "name": source.path.resolve().name},
-        class_names=listing.class_names,
-        num_samples=num_samples,
-        num_quarantined=len(bad),
-        images={**POLICY, "check": config.check},
-        seed=config.seed,
-        shards=tuple(infos),
-        index={"bytes": len(content), "sha256": sha256_of(out / index.FILE_NAME), "columns": layout},
-        recipe=journal.recipe,
-    )
-    manifest.write(out)
-    return manifest
+def _run_all(pool: ProcessPoolExecutor, tasks: Iterator[Task], *, limit: int, tell: Callable[[], None]) -> None:
+    """Runs tasks, never more than ``limit`` at once in memory."""
+    futures: set[Future[str]] = {pool.submit(worker.run, task) for task in itertools.islice(tasks, limit)}
+    while futures:
+        done, futures = wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
+        tell()
+        for future in done:
+            future.result()
+        futures |= {pool.submit(worker.run, task) for task in itertools.islice(tasks, len(done))}

@@ -1,8 +1,11 @@
 """Files that appear whole or not at all."""
 
-import hashlib
 import os
 from pathlib import Path
+
+import xxhash
+
+_CHUNK = 1 << 22
 
 
 def sync(path: Path) -> None:
@@ -14,9 +17,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is either the old one or, whole and on the disk, the new one."""
-    draft = path.with_name(f".{path.name}.tmp")
+def write_atomically(path: Path, content: bytes, *, drafts: Path | None = None) -> None:
+    """Writes a file that is either the old one or, whole and on the disk, the new one.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        drafts: folder for the unfinished file, on the same disk, where several processes may write the same one.
+    """
+    draft = (drafts or path.parent) / f".{path.name}.tmp"
     try:
         draft.write_bytes(content)
         sync(draft)
@@ -26,7 +35,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
-def sha256_of(path: Path) -> str:
-    """Returns the SHA-256 of a file, hexadecimal."""
+def xxh128_of(path: Path) -> str:
+    """Returns the 128-bit XXH3 checksum of a file, hexadecimal, as ``xxhsum -H2`` prints it."""
+    state = xxhash.xxh3_128()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(_CHUNK):
+            state.update(chunk)
+    return state.hexdigest()

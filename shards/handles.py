@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+from maestri.shards.errors import ShardCorrupt
+
 MAX_OPEN = 256
 """Files; a process may usually have 1,024, and a large set has more shards than that."""
 
@@ -16,9 +18,16 @@ class Handles:
     ``pread`` uses no file position, so a forked child may share them.
     """
 
-    def __init__(self, paths: Sequence[Path], *, max_open: int = MAX_OPEN) -> None:
-        """Opens nothing yet."""
+    def __init__(self, paths: Sequence[str | Path], sizes: Sequence[int] = (), *, max_open: int = MAX_OPEN) -> None:
+        """Opens nothing yet.
+
+        Args:
+            paths: of the files.
+            sizes: bytes that each should have, checked when it is opened; empty for no check.
+            max_open: files open at once.
+        """
         self._paths = paths
+        self._sizes = sizes
         self._max_open = max_open
         self._files: OrderedDict[int, int] = OrderedDict()
         self._closed = False
@@ -29,6 +38,7 @@ class Handles:
 
         Raises:
             OSError: the storage failed.
+            ShardCorrupt: the file has another size than it should.
             ValueError: the files were closed.
         """
         file = self._borrow(number)
@@ -57,10 +67,19 @@ class Handles:
             file = self._files.get(number)
             if file is None:
                 self._close_idle(self._max_open - 1)
-                file = self._files[number] = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
+                file = self._files[number] = self._open(number)
             self._files.move_to_end(number)
             self._readers[number] = self._readers.get(number, 0) + 1
             return file
+
+    def _open(self, number: int) -> int:
+        file = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(file).st_size
+        if self._sizes and found != self._sizes[number]:
+            os.close(file)
+            reason = f"it has {found} bytes; the manifest says {self._sizes[number]}"
+            raise ShardCorrupt(self._paths[number], min(found, self._sizes[number]), reason)
+        return file
 
     def _close_idle(self, keep: int) -> None:
         """Closes files that nobody reads, the least recently used first, until ``keep`` are left."""

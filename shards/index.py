@@ -5,6 +5,7 @@ each starting at a multiple of 64 bytes, little-endian.  Where each starts is in
 nothing but the head.
 """
 
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ COLUMNS: dict[str, str] = {
     "crc32": "<u4",
     "key_end": "<u8",
 }
-"""One value per row; ``keys`` (bytes) stands behind them."""
+"""One value per row; behind them stand ``keys`` (bytes) and, where labels are several, their two columns."""
+_DTYPES = {**COLUMNS, "keys": "u1", "label_end": "<u8", "label_values": "<i4"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,29 +54,78 @@ class Columns:
     orientation: NDArray[np.uint8]
     """EXIF orientation, 1–8; 1 where there is none."""
     stored: NDArray[np.uint8]
-    """What was stored, as ``images`` numbers it: 0 the source's bytes, 1 transcoded, 2 an end marker was added."""
+    """What was stored, as ``images`` numbers it: 0 for the source's bytes."""
     label: NDArray[np.int32]
-    """Position in the manifest's class names; −1 for none."""
+    """Position in the manifest's class names; −1 for none; the first where there are several."""
     crc32: NDArray[np.uint32]
     """CRC-32 of the stored image."""
     key_end: NDArray[np.uint64]
     """Where the row's key ends in ``keys``; it starts where the row before ends."""
     keys: NDArray[np.uint8]
     """All keys, UTF-8, back to back; ``byte``."""
+    label_end: NDArray[np.uint64] | None = None
+    """Where an image may have several labels: where the row's end in ``label_values``."""
+    label_values: NDArray[np.int32] | None = None
+    """All labels of all images, back to back."""
 
 
-def encode(columns: Mapping[str, NDArray[Any]], keys: bytes) -> tuple[bytes, dict[str, dict[str, Any]]]:
-    """Returns the file's bytes and its description for the manifest."""
-    num_rows = len(columns["shard"])
-    content = bytearray(struct.pack("<8sQ", MAGIC, num_rows).ljust(ALIGNMENT, b"\0"))
+def layout_of(num_rows: int, *, key_bytes: int, num_labels: int | None = None) -> dict[str, dict[str, Any]]:
+    """Returns where each column lies: dtype, first byte, and number of values.
+
+    Args:
+        num_rows: rows of the index.
+        key_bytes: bytes of all keys.
+        num_labels: labels of all images, where an image may have several.
+    """
+    lengths: dict[str, tuple[str, int]] = {name: (dtype, num_rows) for name, dtype in COLUMNS.items()}
+    lengths["keys"] = ("|u1", key_bytes)
+    if num_labels is not None:
+        lengths |= {"label_end": ("<u8", num_rows), "label_values": ("<i4", num_labels)}
     layout: dict[str, dict[str, Any]] = {}
-    parts = {name: np.ascontiguousarray(columns[name], dtype=dtype) for name, dtype in COLUMNS.items()}
-    parts["keys"] = np.frombuffer(keys, np.uint8)
-    for name, values in parts.items():
-        content += bytes(-len(content) % ALIGNMENT)
-        layout[name] = {"dtype": values.dtype.str, "offset": len(content), "length": len(values)}
-        content += values.tobytes()
-    return bytes(content), layout
+    at = ALIGNMENT
+    for name, (dtype, length) in lengths.items():
+        layout[name] = {"dtype": np.dtype(dtype).str, "offset": at, "length": length}
+        at += -(-np.dtype(dtype).itemsize * length // ALIGNMENT) * ALIGNMENT
+    return layout
+
+
+class IndexDraft:
+    """An index in the making: filled shard by shard, so that memory does not grow with it."""
+
+    def __init__(self, path: Path, num_rows: int, layout: Mapping[str, Mapping[str, Any]]) -> None:
+        """Makes ``path`` at its full size."""
+        self._layout = layout
+        self._done = dict.fromkeys(layout, 0)
+        self._sums = {"key_end": 0, "label_end": 0}
+        self._file = path.open("wb", buffering=0)
+        self._file.write(struct.pack("<8sQ", MAGIC, num_rows).ljust(ALIGNMENT, b"\0"))
+        last = max(layout.values(), key=lambda column: int(column["offset"]))
+        end = last["offset"] + np.dtype(last["dtype"]).itemsize * last["length"]
+        self._file.truncate(-(-end // ALIGNMENT) * ALIGNMENT)
+
+    def add(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Writes the next rows, as ``Rows.columns`` gives them, with ``shard`` added.
+
+        Raises:
+            OSError: the disk is full or failed.
+        """
+        for name, column in self._layout.items():
+            if name in self._sums:
+                counts = columns["key_bytes" if name == "key_end" else "num_labels"]
+                values = self._sums[name] + np.cumsum(counts, dtype=np.int64)
+                self._sums[name] = int(values[-1]) if len(values) else self._sums[name]
+            else:
+                values = columns[name]
+            content = np.ascontiguousarray(values, column["dtype"]).tobytes()
+            at = column["offset"] + np.dtype(column["dtype"]).itemsize * self._done[name]
+            self._done[name] += len(values)
+            while content:
+                written = os.pwrite(self._file.fileno(), content, at)
+                content, at = content[written:], at + written
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 def open_columns(path: Path, layout: Mapping[str, Mapping[str, Any]], num_rows: int) -> Columns:
@@ -91,17 +142,18 @@ def open_columns(path: Path, layout: Mapping[str, Mapping[str, Any]], num_rows: 
     if head != struct.pack("<8sQ", MAGIC, num_rows):
         raise ShardError(f"the index {path} is damaged or of another set: its head is wrong")
     found = {}
-    for name in (*COLUMNS, "keys"):
+    names = (*COLUMNS, "keys", *(("label_end", "label_values") if "label_end" in layout else ()))
+    for name in names:
         try:
             entry = layout[name]
-            dtype, start, length = np.dtype(COLUMNS.get(name, "u1")), int(entry["offset"]), int(entry["length"])
+            dtype, start, length = np.dtype(_DTYPES[name]), int(entry["offset"]), int(entry["length"])
             is_ours = entry["dtype"] == dtype.str and start >= ALIGNMENT and length >= 0
         except (KeyError, TypeError, ValueError):
             is_ours = False
         if not is_ours:
             raise ShardError(f"the manifest beside {path} does not describe its column '{name}'")
         stop = start + dtype.itemsize * length
-        if stop > len(mapped) or (name != "keys" and length != num_rows):
+        if stop > len(mapped) or (name not in ("keys", "label_values") and length != num_rows):
             raise ShardError(f"the index {path} is cut short: column '{name}' ends at byte {stop} of {len(mapped)}")
         found[name] = mapped[start:stop].view(dtype)
     return Columns(**found)

@@ -7,12 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from maestri.shards.errors import ShardError
 from maestri.shards.files import write_atomically
 
-FORMAT = "maestri-shards"
-FORMAT_VERSION = 1
+KIND = "maestri-shards"
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
+FORMATS = ("tar", "beton")
+_LAST_LINE = b',\n "xxh128": "%s"\n}\n'
+"""Checksum of all bytes before it."""
+LABEL_KINDS = ("none", "class", "several")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +31,8 @@ class ShardInfo:
     """Size of the file."""
     num_samples: int
     """Samples in it."""
-    sha256: str
-    """Of the whole file, hexadecimal."""
+    xxh128: str
+    """128-bit XXH3 checksum of the whole file, hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +41,10 @@ class Manifest:
 
     source: Mapping[str, str]
     """``kind`` of the source and its ``name``, the last part of its path."""
+    format: str
+    """Of its shards: ``tar`` or ``beton``."""
+    labels: str
+    """``none``, ``class``, or ``several`` where an image may have any number of them."""
     class_names: tuple[str, ...]
     """By label; empty where samples have no labels."""
     num_samples: int
@@ -48,15 +58,27 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     """In the order of rows."""
     index: Mapping[str, Any]
-    """``sha256`` and size of the index, and its columns: name, dtype, byte offset and length."""
+    """``xxh128`` and ``bytes`` of the index, and its ``columns``: name, dtype, byte offset and length."""
     recipe: str
     """SHA-256 of everything that the shards' bytes depend on: source listing and settings."""
+    base: str = ""
+    """Where shards lie that were made by others: a folder, as seen from the set's; empty for the set's own."""
 
     def write(self, folder: Path) -> None:
         """Writes it into a folder, atomically."""
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        text = json.dumps(head | asdict(self), indent=1) + "\n"
-        write_atomically(folder / FILE_NAME, text.encode())
+        head = {"kind": KIND, "format_version": FORMAT_VERSION}
+        text = json.dumps(head | asdict(self), indent=1).removesuffix("\n}").encode()
+        write_atomically(folder / FILE_NAME, text + _LAST_LINE % xxhash.xxh3_128_hexdigest(text).encode())
+
+    @staticmethod
+    def is_as_written(folder: Path) -> bool:
+        """Returns whether no byte of the file in a folder was changed since it was written.
+
+        Opening a set does not ask for this, so that class names may be edited by hand.
+        """
+        content = (folder / FILE_NAME).read_bytes()
+        size = len(_LAST_LINE % bytes(32))
+        return content[-size:] == _LAST_LINE % xxhash.xxh3_128_hexdigest(content[:-size]).encode()
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -73,11 +95,13 @@ class Manifest:
             raise ShardError(f"{folder} is not a set of shards: there is no {FILE_NAME} in it{hint}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise ShardError(f"{path} cannot be read: {error}") from None
-        if not isinstance(stored, dict) or stored.pop("format", None) != FORMAT:
+        if not isinstance(stored, dict) or KIND not in (stored.pop("kind", None), stored.get("format")):
             raise ShardError(f"{path} is not the manifest of a set of shards")
         version = stored.pop("format_version", None)
+        stored.pop("xxh128", None)
         if version != FORMAT_VERSION:
-            raise ShardError(f"{path} has format version {version}; this Maestri reads version {FORMAT_VERSION}")
+            advice = "convert the source again" if version == 1 else "a newer one may"
+            raise ShardError(f"{path} has format version {version}; this Maestri reads {FORMAT_VERSION}; {advice}")
         try:
             stored["shards"] = tuple(ShardInfo(**shard) for shard in stored["shards"])
             stored["class_names"] = tuple(stored["class_names"])
@@ -98,5 +122,9 @@ class Manifest:
             total += shard.num_samples
         if total != operator.index(self.num_samples):
             raise ValueError(f"shards hold {total} samples, and num_samples is {self.num_samples}")
+        if self.format not in FORMATS or self.labels not in LABEL_KINDS:
+            raise ValueError(f"format '{self.format}' or labels '{self.labels}' is unknown")
+        if Path(self.base).is_absolute():
+            raise ValueError(f"base '{self.base}' is not relative")
         if not isinstance(self.index.get("columns"), Mapping):
             raise TypeError("index has no columns")

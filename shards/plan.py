@@ -20,6 +20,11 @@ def shuffled(num_samples: int, seed: int) -> NDArray[np.int64]:
     return np.argsort(hashes, kind="stable").astype(np.int64)
 
 
+def in_order(num_samples: int) -> NDArray[np.int64]:
+    """Returns the source's own order."""
+    return np.arange(num_samples, dtype=np.int64)
+
+
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -40,6 +45,11 @@ def cut(sizes: NDArray[np.int64], shard_bytes: int) -> NDArray[np.int64]:
     targets = each * numbers + rest * numbers // num_shards  # of all × number // shards, which would overflow
     inner = np.searchsorted(ends, targets, side="left") + 1
     return np.unique(np.concatenate([[0], inner, [len(sizes)]])).astype(np.int64)
+
+
+def cut_by_count(num_samples: int, shard_samples: int) -> NDArray[np.int64]:
+    """Returns where shards start and end, ``shard + 1``, so that each holds ``shard_samples``, the last maybe fewer."""
+    return np.append(np.arange(0, num_samples, shard_samples, dtype=np.int64), num_samples)
 
 
 def recipe_of(listing_digest: str, settings: Mapping[str, Any]) -> str:

@@ -1,31 +1,45 @@
-"""What a worker process does: one shard, from the source to a finished file."""
+"""What a worker process does: one shard, from the source to finished files."""
 
-import io
-import json
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from maestri.shards.files import sha256_of, sync, write_atomically
-from maestri.shards.images import MAX_PIXELS, BadImage, store
+from maestri.shards.beton_shard import BetonShard
+from maestri.shards.errors import ShardError
+from maestri.shards.files import sync, write_atomically
+from maestri.shards.images import KEPT, MAX_PIXELS, BadImage, StoredImage, store
+from maestri.shards.journal import QUARANTINE, Journal
+from maestri.shards.listing import Listing
+from maestri.shards.rows import Sample
 from maestri.shards.sources import Source
-from maestri.shards.tar_shard import Sample, write_tar
+from maestri.shards.tar_shard import TarShard
 
-JOURNAL = ".convert"
-"""Folder, in the set's, of what a conversion needs to go on after an interruption."""
-QUARANTINE = "quarantine"
-"""Folder, in the set's, of rejected images."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Storing:
+    """How images are checked and stored."""
+
+    check: Literal["decode", "header"]
+    """``decode`` decodes every image once; ``header`` only parses the header."""
+    bad: Literal["quarantine", "fail", "fix"]
+    """What becomes of an image that fails the check."""
+    lossless: bool
+    """Keep PNG as it is, and store what else would be transcoded as PNG."""
+    resize_shorter: int
+    """Pixels that the shorter side is reduced to; 0 for no change."""
+    quality: int
+    """Of JPEGs that are encoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,14 +50,10 @@ class Task:
     """The shard's name without extension."""
     number: int
     """Its position among all tasks."""
-    samples: NDArray[np.int64]
-    """Samples of the source, in the shard's order."""
-    keys: tuple[str, ...]
-    """Their keys."""
-    labels: NDArray[np.int32]
-    """Their labels."""
-    sizes: NDArray[np.int64]
-    """Their bytes in the source."""
+    first_sample: int
+    """Its first sample's position in the shuffled source."""
+    samples: Listing
+    """Its samples, in the shard's order."""
 
 
 class Stopped(Exception):
@@ -81,16 +91,21 @@ class Counters:
 _state: dict[str, Any] = {}
 
 
-def start(source: Source, out: Path, check: Literal["decode", "header"], counters: Counters) -> None:
+def start(source: Source, journal: Journal, storing: Storing, counters: Counters) -> None:
     """Prepares a worker process.
 
     Args:
         source: listed already.
-        out: the set's folder.
-        check: how images are checked.
+        journal: of the conversion; only its paths are used.
+        storing: how images are checked and stored.
         counters: where to tell progress, and to look whether to stop.
     """
-    _state.update(source=source, out=out, check=check, counters=counters)
+    _state.update(source=source, journal=journal, storing=storing, counters=counters)
+    become_worker()
+
+
+def become_worker() -> None:
+    """Makes this process one that ends with its parent, leaves Ctrl-C to it, and opens large images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells when to stop
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above, and refuses twice as many
     parent = multiprocessing.parent_process()
@@ -105,58 +120,103 @@ def _end_with(parent: BaseProcess) -> None:
 
 
 def run(task: Task) -> str:
-    """Writes a shard, its ``.idx`` and its part of the journal; returns its name.
+    """Writes a shard in every format, and its part of the journal; returns its name.
 
-    The tar is renamed into place last, so a shard that is there is finished.
+    Shards are renamed into place last, so one that is there is finished.
 
     Raises:
         Stopped: the conversion is to stop.
+        ShardError: an image is bad and none may be.
         OSError: the source or the disk failed; nothing half-written is left.
     """
-    out: Path = _state["out"]
-    journal = out / JOURNAL
-    draft = journal / f"{task.name}.tar.{os.getpid()}.tmp"
+    journal: Journal = _state["journal"]
+    drafts = {form: journal.drafts / f"{task.name}.{os.getpid()}.{form}" for form in journal.formats}
     bad: list[dict[str, str]] = []
     try:
-        written = write_tar(draft, _samples(task, bad))
-        sync(draft)
-        write_atomically(out / f"{task.name}.idx", written.dali_index.encode())
-        buffer = io.BytesIO()
-        np.savez(buffer, **written.columns)  # type: ignore[arg-type]  # numpy's stub takes the columns for allow_pickle
-        write_atomically(journal / f"{task.name}.npz", buffer.getvalue())
-        record = {"bytes": draft.stat().st_size, "sha256": sha256_of(draft), "bad": bad}
-        write_atomically(journal / f"{task.name}.json", json.dumps(record).encode())
-        draft.replace(out / f"{task.name}.tar")
+        with ExitStack() as stack:
+            shards: dict[str, TarShard | BetonShard] = {}
+            for form, draft in drafts.items():
+                shards[form] = _shard(form, draft, task)
+                stack.enter_context(shards[form])
+            for sample in _samples(task, bad):
+                for shard in shards.values():
+                    shard.add(sample)
+        tar = shards.get("tar")
+        if isinstance(tar, TarShard):
+            write_atomically(journal.shard("tar", task.name).with_suffix(".idx"), tar.dali_index.encode())
+        columns = next(iter(shards.values())).rows.columns()
+        for form, shard in shards.items():
+            columns[f"offset_{form}"] = shard.rows.columns()["offset"]
+        del columns["offset"]
+        files = {form: {"bytes": drafts[form].stat().st_size, "xxh128": shard.xxh128} for form, shard in shards.items()}
+        counts = {"images": len(columns["bytes"]), "key_bytes": len(columns["keys"])}
+        counts["labels"] = len(columns.get("label_values", ()))
+        for draft in drafts.values():
+            sync(draft)
+        journal.write_record(task.name, {"files": files, **counts, "bad": bad}, columns)
+        for form in sorted(drafts):  # as Journal.files_of has them
+            drafts[form].replace(journal.shard(form, task.name))
     finally:
-        draft.unlink(missing_ok=True)
-    sync(out)
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
+    for form in journal.formats:
+        sync(journal.folder(form))
     return task.name
+
+
+def _shard(form: str, draft: Path, task: Task) -> TarShard | BetonShard:
+    if form == "tar":
+        return TarShard(draft)
+    class_names = task.samples.class_names
+    several = task.samples.label_ends is not None
+    return BetonShard(draft, num_classes=len(class_names) if several else 0, class_names=class_names)
 
 
 def _samples(task: Task, bad: list[dict[str, str]]) -> Iterator[Sample]:
     """Yields the shard's good samples; bad ones are kept aside and listed."""
     source: Source = _state["source"]
     counters: Counters = _state["counters"]
-    counted = 0
-    for at, sample in enumerate(task.samples.tolist()):
+    storing: Storing = _state["storing"]
+    samples = task.samples
+    facts = getattr(source, "facts", None)
+    for at, (key, name) in enumerate(zip(samples.keys, samples.names, strict=True)):
         if counters.is_stopped:
             raise Stopped
-        data = source.load(sample)
+        found: Any = b""
         try:
-            image = store(data, check=_state["check"])
+            found = source.load(name, samples.places[at])
+            image = _stored(found, storing)
+            if facts is not None and image.stored == KEPT:
+                kind, orientation = facts(samples.places[at])
+                image = replace(image, stored=kind, orientation=orientation)
         except BadImage as error:
-            kept = _keep_aside(sample, data if isinstance(data, bytes) else data.tobytes())
-            bad.append({"source": source.name(sample), "key": task.keys[at], "reason": str(error), "kept": kept})
+            if storing.bad == "fail":
+                raise ShardError(f"{name}: {error} (--bad quarantine leaves such images out)") from None
+            kept = _keep_aside(task.first_sample + at, found if isinstance(found, bytes) else found.tobytes())
+            bad.append({"source": name, "key": key, "reason": str(error), "kept": kept})
+            counters.add(task.number, images=1, size=int(samples.sizes[at]), bad=1)
         else:
-            yield Sample(key=task.keys[at], label=int(task.labels[at]), image=image)
-        counters.add(task.number, images=1, size=int(task.sizes[at]), bad=len(bad) - counted)
-        counted = len(bad)
+            yield Sample(key=key, label=int(samples.labels[at]), labels=samples.labels_of(at), image=image)
+            counters.add(task.number, images=1, size=int(samples.sizes[at]), bad=0)
 
 
-def _keep_aside(sample: int, data: bytes) -> str:
+def _stored(found: Any, storing: Storing) -> StoredImage:
+    return store(
+        found,
+        check=storing.check,
+        mend=storing.bad == "fix",
+        lossless=storing.lossless,
+        resize_shorter=storing.resize_shorter,
+        quality=storing.quality,
+    )
+
+
+def _keep_aside(position: int, data: bytes) -> str:
     """Stores a rejected image's bytes and returns their path in the set's folder."""
-    path = Path(QUARANTINE) / f"{sample:09d}.bin"
-    target: Path = _state["out"] / path
-    target.parent.mkdir(exist_ok=True)
-    write_atomically(target, data)
+    journal: Journal = _state["journal"]
+    path = Path(QUARANTINE) / f"{position:09d}.bin"
+    for form in journal.formats:
+        target = journal.folder(form) / path
+        target.parent.mkdir(exist_ok=True)
+        write_atomically(target, data)
     return path.as_posix()

@@ -28,7 +28,9 @@ def folder(make_photos: Callable, tmp_path: Path) -> Path:
     halves = (fake.encoded[:20], fake.encoded[20:])
     sizes = np.array([len(data) for data in fake.encoded])
     keys = [fake.key(row).encode() for row in range(40)]
-    content, layout = index.encode(
+    layout = index.layout_of(40, key_bytes=len(b"".join(keys)))
+    draft = index.IndexDraft(folder / index.FILE_NAME, 40, layout)
+    draft.add(
         {
             "shard": np.repeat([0, 1], 20),
             "offset": np.concatenate([np.cumsum(part) - part for part in (sizes[:20], sizes[20:])]),
@@ -39,17 +41,19 @@ def folder(make_photos: Callable, tmp_path: Path) -> Path:
             "stored": np.zeros(40),
             "label": fake.columns.label,
             "crc32": np.array([zlib.crc32(data) for data in fake.encoded]),
-            "key_end": np.cumsum([len(key) for key in keys]),
-        },
-        b"".join(keys),
+            "key_bytes": np.array([len(key) for key in keys]),
+            "keys": np.frombuffer(b"".join(keys), np.uint8),
+        }
     )
-    (folder / index.FILE_NAME).write_bytes(content)
+    draft.close()
     shards = []
     for number, half in enumerate(halves):
         (folder / f"{number}.bin").write_bytes(b"".join(half))
-        shards.append(ShardInfo(name=f"{number}.bin", bytes=sum(map(len, half)), num_samples=20, sha256=""))
+        shards.append(ShardInfo(name=f"{number}.bin", bytes=sum(map(len, half)), num_samples=20, xxh128=""))
     Manifest(
         source={},
+        format="tar",
+        labels="class",
         class_names=(),
         num_samples=40,
         num_quarantined=0,

@@ -171,11 +171,11 @@ def cut_manifest(folder: Path) -> None:
 
 
 def change_version(folder: Path) -> None:
-    edit_manifest(folder, format_version=2)
+    edit_manifest(folder, format_version=3)
 
 
 def change_format(folder: Path) -> None:
-    edit_manifest(folder, format="something else")
+    edit_manifest(folder, kind="something else")
 
 
 def misspell_a_field(folder: Path) -> None:
@@ -205,8 +205,8 @@ def step_outside(folder: Path) -> None:
     [
         (lose_index, "index.bin"), (empty_index, "index.bin"), (cut_index, "index.bin"),
         (cut_index_at_its_head, "index.bin"), (overwrite_index_head, "index.bin"), (change_count, "manifest.json"),
-        (lose_shard, "shard-00001.tar"), (cut_shard, "shard-00001.tar"), (lose_manifest, "manifest.json"),
-        (cut_manifest, "manifest.json"), (change_version, "version 2"), (change_format, "manifest.json"),
+        (lose_shard, "shard-00001.tar"), (lose_manifest, "manifest.json"),
+        (cut_manifest, "manifest.json"), (change_version, "version 3"), (change_format, "manifest.json"),
         (misspell_a_field, "sedd"), (lose_columns, "columns"), (make_manifest_a_list, "manifest.json"),
         (write_binary_manifest, "manifest.json"), (step_outside, "elsewhere.tar"),
     ],
@@ -216,6 +216,15 @@ def test_open__damaged_set_is_refused_in_one_line(copied: Path, damage: Callable
     with pytest.raises(ShardError, match=names) as error:
         ShardSet.open(copied)
     assert "\n" not in str(error.value)
+
+
+def test_read__shard_of_another_size_is_refused(copied: Path) -> None:
+    """When it is first read: opening a set opens no shard."""
+    cut_shard(copied)
+    with ShardSet.open(copied) as shard_set:
+        row = int(np.flatnonzero(shard_set.columns.shard == 1)[0])
+        with pytest.raises(ShardCorrupt, match="shard-00001.tar.*it has 1024 bytes; the manifest says"):
+            shard_set.read(np.array([row]))
 
 
 def test_open__missing_folder_says_how_to_make_it(tmp_path: Path) -> None:
@@ -232,16 +241,19 @@ def test_open__large_index_is_not_scanned(tmp_path: Path) -> None:
     """1.3 million rows, as ImageNet-1K has; the shard is a hole."""
     num_rows, size = 1_300_000, 100
     rows = np.arange(num_rows)
-    columns = {name: np.zeros(num_rows, np.int64) for name in index.COLUMNS}
-    columns |= {"offset": rows * size, "bytes": np.full(num_rows, size), "key_end": (rows + 1) * 7}
-    content, layout = index.encode(columns, b"".join(b"%07d" % row for row in range(num_rows)))
-    (tmp_path / index.FILE_NAME).write_bytes(content)
+    columns = {name: np.zeros(num_rows, np.int64) for name in index.COLUMNS if name != "key_end"}
+    columns |= {"offset": rows * size, "bytes": np.full(num_rows, size), "key_bytes": np.full(num_rows, 7)}
+    columns["keys"] = np.frombuffer(b"".join(b"%07d" % row for row in range(num_rows)), np.uint8)
+    layout = index.layout_of(num_rows, key_bytes=7 * num_rows)
+    draft = index.IndexDraft(tmp_path / index.FILE_NAME, num_rows, layout)
+    draft.add(columns)
+    draft.close()
     with (tmp_path / "a.tar").open("wb") as file:
         file.truncate(num_rows * size)
     Manifest(
-        source={"kind": "folder", "name": "none"}, class_names=(), num_samples=num_rows, num_quarantined=0, images={},
-        seed=0, shards=(ShardInfo(name="a.tar", bytes=num_rows * size, num_samples=num_rows, sha256=""),),
-        index={"columns": layout}, recipe="",
+        source={"kind": "folder", "name": "none"}, format="tar", labels="none", class_names=(), num_samples=num_rows,
+        num_quarantined=0, images={}, seed=0, index={"columns": layout}, recipe="",
+        shards=(ShardInfo(name="a.tar", bytes=num_rows * size, num_samples=num_rows, xxh128=""),),
     ).write(tmp_path)  # fmt: skip
     start = time.perf_counter()
     with ShardSet.open(tmp_path) as shard_set:

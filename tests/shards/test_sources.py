@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from maestri.shards.errors import ShardError
-from maestri.shards.idx_file import IdxSource, read_idx
-from maestri.shards.image_folder import FolderSource
 from maestri.shards.sources import open_source
+from maestri.shards.sources.idx_file import IdxSource, read_idx
+from maestri.shards.sources.image_folder import FolderSource
 
 MakeFolder = Callable[[Path, dict[str, bytes]], Path]
 
@@ -37,14 +37,15 @@ def test_folder_listing__labels_by_first_folder_and_sorts(tmp_path: Path, make_f
     source = FolderSource(tmp_path)
     listing = source.listing()
     assert listing.class_names == ("cat", "dog")
-    assert listing.keys == ("cat/0", "cat/deep/er/1", "dog/2")
+    assert tuple(listing.keys) == ("cat/0", "cat/deep/er/1", "dog/2")
     assert listing.labels.tolist() == [0, 0, 1] and listing.sizes.tolist() == [0, 1, 2]
-    assert source.name(1) == "cat/deep/er/1.PNG" and source.load(1) == b"1"
+    assert listing.names[1] == "cat/deep/er/1.PNG"
+    assert source.load(listing.names[1], listing.places[1]) == b"1"
 
 
 def test_folder_listing__flat_has_no_labels(tmp_path: Path, make_folder: MakeFolder) -> None:
     listing = FolderSource(make_folder(tmp_path, {"b.jpg": b"1", "a.jpg": b"2"})).listing()
-    assert listing.class_names == () and listing.labels.tolist() == [-1, -1] and listing.keys == ("a", "b")
+    assert listing.class_names == () and listing.labels.tolist() == [-1, -1] and tuple(listing.keys) == ("a", "b")
 
 
 def test_folder_listing__empty_class_keeps_its_number(
@@ -63,7 +64,7 @@ def test_folder_listing__follows_links_but_no_circles(tmp_path: Path, make_folde
     source = make_folder(tmp_path / "source", {"b/2.jpg": b"2"})
     (source / "a").symlink_to(tmp_path / "elsewhere")
     (source / "b" / "circle").symlink_to(source)
-    assert FolderSource(source).listing().keys == ("a/1", "b/2")
+    assert tuple(FolderSource(source).listing().keys) == ("a/1", "b/2")
 
 
 @pytest.mark.parametrize(
@@ -101,9 +102,9 @@ def test_open_source__idx_by_file_and_by_split(mnist: Path) -> None:
         open_source(mnist, split="t10k"),
     ):
         listing = source.listing()
-        assert listing.keys == ("0", "1", "2", "3", "4")
+        assert tuple(listing.keys) == ("0", "1", "2", "3", "4")
         assert listing.class_names == ("0", "1", "2", "3") and listing.labels.tolist() == [0, 1, 2, 3, 0]
-        pixels = source.load(1)
+        pixels = source.load(listing.names[1], listing.places[1])
         assert isinstance(pixels, np.ndarray) and pixels.tolist() == np.arange(12, 24).reshape(3, 4).tolist()
     assert len(open_source(mnist, split="train").listing().keys) == 12
 
@@ -117,7 +118,7 @@ def test_open_source__idx_without_a_choice(mnist: Path) -> None:
 
 def test_open_source__names_what_it_takes(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(b"PK")
-    with pytest.raises(ShardError, match="neither a folder of images nor an idx3 file"):
+    with pytest.raises(ShardError, match="is nothing that can be converted"):
         open_source(tmp_path / "x.zip")
     with pytest.raises(ShardError, match="there is no"):
         open_source(tmp_path / "nothing")

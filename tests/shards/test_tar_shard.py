@@ -122,7 +122,7 @@ def test_dali_index__shard_without_a_good_image_does_not_stop_dali(
     """DALI refuses an index without samples."""
     files = {f"c/{at:02d}.jpg": make_jpeg(seed=at) if at % 4 == 0 else b"bad" * 400 for at in range(20)}
     source = make_folder(tmp_path / "source", files)
-    manifest = convert(source, tmp_path / "set", ConvertConfig(workers=1, shard_bytes=1000))
+    manifest = convert(source, tmp_path / "set", ConvertConfig(workers=1, shard_bytes=1000))["tar"]
     assert manifest.num_samples == 5
     assert manifest.num_quarantined == 15
     assert len(manifest.shards) <= 5

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestri.shards.errors import ShardError
-from maestri.shards.sources import Listing
+from maestri.shards.listing import Listing, Strings
 
 _UINT8 = 0x08
 _IMAGES = re.compile(r"(?P<split>.*?)[-_.]?images[-_.]idx3([-_.]ubyte)?(\.gz)?$")
@@ -30,11 +30,12 @@ class IdxSource:
     def __init__(self, path: Path) -> None:
         """Takes the file of images; it is read when first needed."""
         self.path = path
+        self.files = (path,)
         self._pixels: NDArray[np.uint8] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Leaves the pixels out: a worker process reads them itself."""
-        return {"path": self.path, "_pixels": None}
+        return {**self.__dict__, "_pixels": None}
 
     def listing(self) -> Listing:
         """Returns the listing; classes are ``0`` … up to the largest label.
@@ -47,22 +48,21 @@ class IdxSource:
             raise ShardError(f"{self.path} holds no images: its shape is {pixels.shape}")
         labels = self._labels(len(pixels))
         width = len(str(len(pixels) - 1))
+        samples = np.arange(len(pixels), dtype=np.int64)
         return Listing(
-            keys=tuple(f"{sample:0{width}d}" for sample in range(len(pixels))),
+            keys=Strings.of(f"{sample:0{width}d}" for sample in range(len(pixels))),
+            names=Strings.of(f"{self.path.name}[{sample}]" for sample in range(len(pixels))),
+            places=np.stack([samples, samples, samples], 1),
             sizes=np.full(len(pixels), pixels[0].size, np.int64),
             labels=labels,
             class_names=tuple(str(label) for label in range(int(labels.max()) + 1)),
             content=hashlib.sha256(pixels.data).hexdigest(),
         )
 
-    def load(self, sample: int) -> NDArray[np.uint8]:
-        """Returns the image's pixels."""
-        pixels: NDArray[np.uint8] = self._images()[sample]
+    def load(self, name: str, place: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Returns the pixels of the image with this number."""
+        pixels: NDArray[np.uint8] = self._images()[place[0]]
         return pixels
-
-    def name(self, sample: int) -> str:
-        """Returns the image's number."""
-        return f"{self.path.name}[{sample}]"
 
     def _images(self) -> NDArray[np.uint8]:
         if self._pixels is None:

@@ -4,13 +4,16 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from numpy.typing import NDArray
 
 from maestri.shards.errors import ShardError
 from maestri.shards.keys import unique_keys
-from maestri.shards.sources import Listing
+from maestri.shards.listing import Listing, Strings
+from maestri.shards.sources.label_file import label_columns
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
@@ -27,13 +30,14 @@ class FolderSource:
 
     kind = "folder"
 
-    def __init__(self, path: Path) -> None:
-        """Takes the folder; ``listing`` looks into it."""
+    def __init__(self, path: Path, *, labels: Path | None = None) -> None:
+        """Takes the folder, and a file with its images' labels instead of class folders; ``listing`` looks into it."""
         self.path = path
-        self._files: list[str] | None = None
+        self.files = (path,)
+        self._label_file = labels
 
     def listing(self) -> Listing:
-        """Returns the listing: classes are the first-level folders, sorted; files are sorted by path.
+        """Returns the listing: files are sorted by path; classes are the first-level folders, sorted.
 
         A first-level folder without images is a class too, so that two splits of a data set number theirs alike.
 
@@ -44,32 +48,41 @@ class FolderSource:
         if not found:
             raise ShardError(f"no images in {self.path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
         files = [name for name, _ in found]
+        columns = Listing(
+            keys=Strings.of(unique_keys(files)),
+            names=Strings.of(files),
+            places=np.zeros((len(files), 3), np.int64),
+            sizes=np.array([size for _, size in found], np.int64),
+            labels=np.full(len(files), -1, np.int32),
+            class_names=(),
+        )
+        if self._label_file is not None:
+            labels = label_columns(self._label_file, files)
+            return replace(
+                columns,
+                labels=labels.labels,
+                label_ends=labels.label_ends,
+                label_values=labels.label_values,
+                class_names=labels.class_names,
+            )
         tops = [PurePosixPath(name).parts[0] if "/" in name else "" for name in files]
         class_names = self._class_names(files, tops)
         number = {name: label for label, name in enumerate(class_names)}
-        return Listing(
-            keys=unique_keys(files),
-            sizes=np.array([size for _, size in found], np.int64),
-            labels=np.array([number.get(top, -1) for top in tops], np.int32),
-            class_names=class_names,
+        return replace(
+            columns, labels=np.array([number.get(top, -1) for top in tops], np.int32), class_names=class_names
         )
 
-    def load(self, sample: int) -> bytes:
-        """Returns the file's bytes.
+    def load(self, name: str, place: NDArray[np.int64]) -> bytes:
+        """Returns the bytes of the file with this path below the folder.
 
         Raises:
             OSError: it cannot be read; the error names it.
         """
-        path = self.path / self.name(sample)
+        path = self.path / name
         try:
             return path.read_bytes()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None  # a failed read names no file
-
-    def name(self, sample: int) -> str:
-        """Returns the file's path below the folder."""
-        assert self._files is not None, "listing() comes first"
-        return self._files[sample]
 
     def _class_names(self, files: list[str], tops: list[str]) -> tuple[str, ...]:
         used = set(tops) - {""}
@@ -107,7 +120,6 @@ class FolderSource:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common(5))
             _logger.warning("%d files of %s are no images and left out: %s", ignored.total(), self.path, kinds)
         found.sort()
-        self._files = [name for name, _ in found]
         return found
 
 

@@ -1,0 +1,1 @@
+"""Commands of ``maestri shards``, one a module."""

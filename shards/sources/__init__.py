@@ -1,0 +1,147 @@
+"""What can be converted: a folder of images, or an idx file."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maestri.shards.errors import ShardError
+from maestri.shards.listing import Listing
+
+
+class Source(Protocol):
+    """Something that can be converted.
+
+    It is pickled into worker processes, so it is small: what belongs to single images is in the listing, of which a
+    worker gets the part that it needs.  Two more methods are optional.  ``stage(folder)`` is called before ``listing``
+    where images cannot be read at random: it lays them out in a folder that lasts as long as the conversion, and goes
+    on where it was interrupted.  ``facts(place)`` returns what the bytes of a kept image don't tell: its ``stored``
+    code and orientation.
+    """
+
+    @property
+    def kind(self) -> str:
+        """Its name in the manifest."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """What the user gave."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files or folders that it reads."""
+        ...
+
+    def listing(self) -> Listing:
+        """Returns the listing.
+
+        Raises:
+            ShardError: there are no images, or the source is damaged.
+        """
+        ...
+
+    def load(self, name: str, place: NDArray[np.int64]) -> bytes | NDArray[np.uint8]:
+        """Returns an image file's bytes, or pixels: grey ``height width`` or RGB ``height width 3``.
+
+        Args:
+            name: the sample's in the listing.
+            place: the sample's in the listing.
+
+        Raises:
+            BadImage: this image is damaged in the source.
+            OSError: the source cannot be read; the error names the file.
+        """
+        ...
+
+
+def open_source(path: Path, *, split: str = "", labels: Path | None = None, image: str = "", label: str = "") -> Source:
+    """Returns the source at a path.
+
+    Args:
+        path: a folder of images; an idx3 file or a folder of them; WebDataset tars or ImageNet's (one, a folder, a
+            pattern such as ``train-{000..146}.tar``); parquet files; a ``.beton``; a set of shards.
+        split: which of the folder's subfolders or idx3 files; ``test`` also finds MNIST's ``t10k``.
+        labels: file with labels, for images that come without.
+        image: which tar member, column or field holds the image.
+        label: which tar member, json key, column or field holds the label.
+
+    Raises:
+        ShardError: there is nothing, or nothing that can be converted, or an option does not apply.
+    """
+    try:
+        source, used = _open(path, split=split, labels=labels, image=image, label=label)
+    except OSError as error:
+        raise ShardError(f"cannot read the source: {error.strerror}: {error.filename}") from None
+    given = {"--split": split, "--labels": labels, "--image": image, "--label": label}
+    for flag, value in given.items():
+        if value and flag not in used:
+            raise ShardError(f"{flag} means nothing for {path}, which is {_KINDS[source.kind]}; leave it out")
+    return source
+
+
+_KINDS = {
+    "folder": "a folder of images",
+    "idx": "an idx3 file",
+    "tar": "WebDataset tars",
+    "image-tar": "a tar of images",
+    "imagenet": "class tars, as ImageNet has them",
+    "parquet": "parquet files",
+    "beton": "a .beton file",
+    "shards": "a set of shards",
+}
+_PATTERNS = {".tar": "tar", ".parquet": "parquet"}
+
+
+def _open(path: Path, *, split: str, labels: Path | None, image: str, label: str) -> tuple[Source, set[str]]:
+    """Returns the source and the options that mean something for it."""
+    from maestri.shards.manifest import FILE_NAME
+    from maestri.shards.sources.beton import BetonSource
+    from maestri.shards.sources.file_patterns import is_pattern
+    from maestri.shards.sources.idx_file import IdxSource, idx_images_in, is_idx
+    from maestri.shards.sources.image_folder import FolderSource
+    from maestri.shards.sources.parquet import ParquetSource
+    from maestri.shards.sources.shard_set import ShardSetSource
+    from maestri.shards.sources.tar_archives import archives_of, open_tars
+
+    if not path.exists() and not is_pattern(path):
+        raise ShardError(f"there is no {path}")
+    fields = {"--image", "--label"}
+    if (path / FILE_NAME).is_file():
+        return ShardSetSource(path), set()
+    if is_pattern(path) and path.suffix not in _PATTERNS:
+        raise ShardError(f"{path} stands for files that are neither .tar nor .parquet")
+    if _is_parquet(path):
+        return ParquetSource(path, split=split, image_column=image, label_column=label), {"--split", *fields}
+    if path.is_dir():
+        images = idx_images_in(path, split)
+        if images is not None:
+            return IdxSource(images), {"--split"}
+    if is_pattern(path) or archives_of(path):
+        source = open_tars(path, split=split, labels=labels, image_key=image, label_key=label)
+        return source, {"--split", "--labels", *fields}  # open_tars refuses those that don't go with the kind
+    if path.is_dir():
+        if split and not (path / split).is_dir():
+            raise ShardError(f"{path} has neither a folder nor an idx3 file of split '{split}'")
+        return FolderSource(path / split, labels=labels), {"--split", "--labels"}
+    if path.suffix == ".beton":
+        return BetonSource(path, image_field=image or None, label_field=label or None), fields
+    if is_idx(path):
+        return IdxSource(path), set()
+    raise ShardError(
+        f"{path} is nothing that can be converted: expected a folder of images, idx3 files (such as "
+        "train-images-idx3-ubyte.gz), tars, parquet files, a .beton or a set of shards"
+    )
+
+
+def _is_parquet(path: Path) -> bool:
+    if path.is_dir():
+        return any(
+            entry.suffix == ".parquet"
+            for folder in (path, path / "data")
+            if folder.is_dir()
+            for entry in folder.iterdir()
+        )
+    return path.suffix == ".parquet"
