@@ -5,7 +5,7 @@
 #   make check   linters, types, import directions, spelling: what pre-commit and CI run
 #   make dev     install for development
 #   make bench   time the steps of a recipe                                              (RECIPE=… STEPS=…)
-#   make prove   compare losses and step times with another commit                       (BASE=… RECIPE=… STEPS=…)
+#   make prove   long proofs: shards killed and damaged; losses and step times against another commit  (BASE=… RECIPE=…)
 #   make fashion_mnist   PL-MAE and MAE on Fashion-MNIST, side by side       (FASHION_MNIST=folder of the idx files)
 #   make clean   remove the demo's data and run, builds and caches; .venv and other runs stay
 
@@ -20,6 +20,7 @@ FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 BIN := .venv/bin
 RUNTIME := .venv/.installed-$(CUDA)
 DEV := .venv/.installed-$(CUDA)-dev
+TESTED := .venv/.installed-$(CUDA)-tested
 DIGITS := data/digits
 SHARDS := data/digits_shards
 
@@ -43,6 +44,14 @@ $(DEV): pyproject.toml setup.py | $(BIN)/python
 	@echo "Installing into .venv; the libraries are several gigabytes."
 	@$(BIN)/python -m pip install --quiet --editable '.[$(CUDA),dev]'
 	@touch $@ $(RUNTIME)
+
+# ffcv comes as source and is built here; the tests let it read what we write.
+$(TESTED): $(DEV)
+	@pkg-config --exists libturbojpeg opencv4 || { \
+	    echo "make: the tests need ffcv, and building it some libraries; on Debian or Ubuntu:" \
+	         "apt-get install g++ python3-dev pkg-config libturbojpeg0-dev libopencv-dev" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --editable '.[ffcv]'
+	@touch $@
 
 dev: $(DEV)
 	@$(BIN)/python tools/typing_tree.py
@@ -74,7 +83,7 @@ fashion_mnist: $(RUNTIME) data/fashion_mnist/train/manifest.json data/fashion_mn
 
 # ---------------------------------------------------------------------------------------------- tests and checks
 
-test: $(DEV)
+test: $(TESTED)
 	@$(BIN)/python tools/typing_tree.py
 	@$(BIN)/python -m pytest $(ARGS)
 
@@ -103,6 +112,7 @@ bench: $(DEV)
 	@$(BIN)/python tools/prove.py $(RECIPE) --steps $(STEPS)
 
 prove: $(DEV)
+	@$(BIN)/python tools/prove_shards.py
 	@$(BIN)/python tools/prove.py $(RECIPE) --steps $(STEPS) --base $(BASE)
 
 clean:
