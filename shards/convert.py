@@ -51,9 +51,7 @@ class ConvertConfig:
     part: str = ""
     """Such as 3/8: convert only the third of eight parts, on one of eight machines that share OUT; then merge."""
     split: str = ""
-    """Of SOURCE, where it has several: a subfolder, or an idx3 file's first word (test also finds t10k).
-
-    Several, as in train,val, make a set each, OUT/train and OUT/val, with one list of classes."""
+    """Of SOURCE, where it has several: a subfolder, or a file's first word (test finds t10k); train,val makes both."""
     labels: Path | None = None
     """File with the images' labels, where SOURCE has none: image and class (or classes) in each line."""
     classes: Path | None = None

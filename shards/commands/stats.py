@@ -52,7 +52,7 @@ def _print(folder: Path, found: dict[str, Any]) -> None:
     say(f"{folder}: {found['images']:,} images, {found['bytes'] / 1e6:,.1f} MB")
     sizes = Table("percentile", *(f"{p} %" for p in PERCENTILES), title="images")
     for name, title in _MEASURES:
-        sizes.add_row(title, *(f"{value:,.5g}" for value in found[name].values()))
+        sizes.add_row(title, *(f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in found[name].values()))
     console.print(sizes)
     counts = Table("", "images", title="what they are")
     for title, group in (("stored: ", found["stored"]), ("orientation ", found["orientations"])):

@@ -1,5 +1,6 @@
 """The loader over a ShardSet on disk, and over one that is damaged while it is open."""
 
+import io
 import os
 import zlib
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from maestri.pipelines import cli
 from maestri.pipelines.config import DataConfig
@@ -15,6 +17,7 @@ from maestri.pipelines.loader import Loader
 from maestri.pipelines.reader import TooManyBadSamples
 from maestri.pipelines.views import GLOBAL, ViewsConfig
 from maestri.shards import index
+from maestri.shards.convert import ConvertConfig, convert
 from maestri.shards.manifest import Manifest, ShardInfo
 from maestri.shards.shard_set import ShardSet
 
@@ -87,6 +90,26 @@ def test_loader__reads_a_set_on_disk(folder: Path) -> None:
     assert sorted(rows.tolist()) == list(range(40))
     assert torch.cat([batch.labels for batch in batches]).tolist() == (rows % 10).tolist()
     assert batches[0].views[GLOBAL].float().std() > 10
+
+
+def test_loader__every_format_gives_the_same_batches(make_photos: Callable, tmp_path: Path) -> None:
+    """Tar and .beton from one pass, and PNGs that were kept as they are."""
+    fake = make_photos(40, kind="4:4:4", smallest=28, largest=60)
+    for row, data in enumerate(fake.encoded):
+        path = tmp_path / "source" / f"{row % 3}" / f"{row:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(io.BytesIO(data)).save(path)
+    convert(tmp_path / "source", tmp_path / "jpeg", ConvertConfig(workers=1, format="both", shard_samples=16))
+    convert(tmp_path / "source", tmp_path / "png", ConvertConfig(workers=1, lossless=True, shard_samples=16))
+    batches = []
+    for name in ("jpeg/tar", "jpeg/beton", "png"):
+        with ShardSet.open(tmp_path / name) as shard_set, _loader(shard_set) as loader:
+            batches.append(next(loader))
+    tar, beton, png = batches
+    assert torch.equal(tar.views[GLOBAL], beton.views[GLOBAL])
+    assert torch.equal(tar.labels, beton.labels) and torch.equal(tar.labels, png.labels)
+    difference = (tar.views[GLOBAL].float() - png.views[GLOBAL].float()).abs()
+    assert 0 < difference.mean() < 1, "JPEGs of quality 100 are nearly, and not quite, the PNGs"
 
 
 def test_loader__flipped_bit_on_disk(folder: Path) -> None:
