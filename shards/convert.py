@@ -144,8 +144,24 @@ def convert(
         ShardError: the source cannot be converted, ``out`` holds something else, no image is readable, an image is bad
             and none may be, the disk is full, or a worker died; what is finished stays.
     """
-    source = open_source(source_path, split=config.split, labels=config.labels, image=config.image, label=config.label)
-    return convert_source(source, out, config, report=report)
+    return convert_source(opened(source_path, config), out, config, report=report)
+
+
+def opened(source_path: Path, config: ConvertConfig) -> Source:
+    """Returns the source at a path, opened as the settings say.
+
+    Raises:
+        ShardError: it cannot be opened.
+    """
+    class_names = class_names_of(config.classes) if config.classes else ()
+    return open_source(
+        source_path,
+        split=config.split,
+        labels=config.labels,
+        image=config.image,
+        label=config.label,
+        class_names=class_names,
+    )
 
 
 def convert_source(

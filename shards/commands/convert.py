@@ -14,7 +14,7 @@ from maestri.shards.convert import ConvertConfig
 from maestri.shards.errors import ShardError
 from maestri.shards.finish import QUARANTINE_LIST
 from maestri.shards.manifest import Manifest
-from maestri.shards.sources import Source, open_source
+from maestri.shards.sources import Source
 
 
 def convert(
@@ -50,7 +50,7 @@ def convert(
         as_json: Print the result as JSON: a manifest, or several by format or split.
     """
     if "," not in config.split:
-        return convert_opened(_open(source, config), out, config, as_json=as_json)
+        return convert_opened(conversion.opened(source, config), out, config, as_json=as_json)
     return _show(_convert_splits(source, out, config), config, as_json=as_json)
 
 
@@ -74,10 +74,6 @@ def _show(found: dict[Path, dict[str, Manifest]], config: ConvertConfig, *, as_j
     return 0
 
 
-def _open(source: Path, config: ConvertConfig) -> Source:
-    return open_source(source, split=config.split, labels=config.labels, image=config.image, label=config.label)
-
-
 def _convert_splits(source: Path, out: Path, config: ConvertConfig) -> dict[Path, dict[str, Manifest]]:
     """Converts several splits of a source; their classes are numbered alike."""
     splits = [split.strip() for split in config.split.split(",")]
@@ -85,7 +81,9 @@ def _convert_splits(source: Path, out: Path, config: ConvertConfig) -> dict[Path
         raise ShardError(f"--split is '{config.split}'; expected one name, or several different ones like train,val")
     if config.labels is not None:
         raise ShardError("--labels is for one split; convert each by its own command, with --classes")
-    opened = {split: _open(source, replace(config, split=split)) for split in splits}
+    opened = {split: conversion.opened(source, replace(config, split=split)) for split in splits}
+    if any(hasattr(one, "stage") for one in opened.values()):
+        raise ShardError(f"--split takes one name for {source}; convert each split by its own command, with --classes")
     if config.classes:
         class_names = class_names_of(config.classes)
     else:

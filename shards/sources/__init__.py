@@ -57,7 +57,15 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: Path, *, split: str = "", labels: Path | None = None, image: str = "", label: str = "") -> Source:
+def open_source(
+    path: Path,
+    *,
+    split: str = "",
+    labels: Path | None = None,
+    image: str = "",
+    label: str = "",
+    class_names: tuple[str, ...] = (),
+) -> Source:
     """Returns the source at a path.
 
     Args:
@@ -67,12 +75,13 @@ def open_source(path: Path, *, split: str = "", labels: Path | None = None, imag
         labels: file with labels, for images that come without.
         image: which tar member, column or field holds the image.
         label: which tar member, json key, column or field holds the label.
+        class_names: of all classes, where they are known: what labels that are numbers are positions in.
 
     Raises:
         ShardError: there is nothing, or nothing that can be converted, or an option does not apply.
     """
     try:
-        source, used = _open(path, split=split, labels=labels, image=image, label=label)
+        source, used = _open(path, split=split, labels=labels, image=image, label=label, class_names=class_names)
     except OSError as error:
         raise ShardError(f"cannot read the source: {error.strerror}: {error.filename}") from None
     given = {"--split": split, "--labels": labels, "--image": image, "--label": label}
@@ -95,37 +104,41 @@ _KINDS = {
 _PATTERNS = {".tar": "tar", ".parquet": "parquet"}
 
 
-def _open(path: Path, *, split: str, labels: Path | None, image: str, label: str) -> tuple[Source, set[str]]:
+def _open(
+    path: Path, *, split: str, labels: Path | None, image: str, label: str, class_names: tuple[str, ...]
+) -> tuple[Source, set[str]]:
     """Returns the source and the options that mean something for it."""
     from maestri.shards.manifest import FILE_NAME
     from maestri.shards.sources.beton import BetonSource
-    from maestri.shards.sources.file_patterns import is_pattern
+    from maestri.shards.sources.file_patterns import is_pattern, kind_of
     from maestri.shards.sources.idx_file import IdxSource, idx_images_in, is_idx
     from maestri.shards.sources.image_folder import FolderSource
     from maestri.shards.sources.parquet import ParquetSource
     from maestri.shards.sources.shard_set import ShardSetSource
     from maestri.shards.sources.tar_archives import archives_of, open_tars
 
-    if not path.exists() and not is_pattern(path):
+    is_many = not kind_of(path) and is_pattern(path)
+    if not kind_of(path) and not is_many:
         raise ShardError(f"there is no {path}")
     fields = {"--image", "--label"}
-    if (path / FILE_NAME).is_file():
+    if kind_of(path) == "folder" and (path / FILE_NAME).is_file():
         return ShardSetSource(path), set()
-    if is_pattern(path) and path.suffix not in _PATTERNS:
+    if is_many and path.suffix not in _PATTERNS:
         raise ShardError(f"{path} stands for files that are neither .tar nor .parquet")
     if _is_parquet(path):
-        return ParquetSource(path, split=split, image_column=image, label_column=label), {"--split", *fields}
-    if path.is_dir():
+        parquet = ParquetSource(path, split=split, image_column=image, label_column=label, class_names=class_names)
+        return parquet, {"--split", *fields}
+    if kind_of(path) == "folder":
         images = idx_images_in(path, split)
         if images is not None:
             return IdxSource(images), {"--split"}
-    if is_pattern(path) or archives_of(path):
-        source = open_tars(path, split=split, labels=labels, image_key=image, label_key=label)
-        return source, {"--split", "--labels", *fields}  # open_tars refuses those that don't go with the kind
+    if is_many or archives_of(path):
+        tars = open_tars(path, split=split, labels=labels, image_key=image, label_key=label, class_names=class_names)
+        return tars, {"--split", "--labels", *fields}  # open_tars refuses those that don't go with the kind
     if path.is_dir():
         if split and not (path / split).is_dir():
             raise ShardError(f"{path} has neither a folder nor an idx3 file of split '{split}'")
-        return FolderSource(path / split, labels=labels), {"--split", "--labels"}
+        return FolderSource(path / split, labels=labels, class_names=class_names), {"--split", "--labels"}
     if path.suffix == ".beton":
         return BetonSource(path, image_field=image or None, label_field=label or None), fields
     if is_idx(path):
@@ -137,11 +150,9 @@ def _open(path: Path, *, split: str, labels: Path | None, image: str, label: str
 
 
 def _is_parquet(path: Path) -> bool:
-    if path.is_dir():
-        return any(
-            entry.suffix == ".parquet"
-            for folder in (path, path / "data")
-            if folder.is_dir()
-            for entry in folder.iterdir()
-        )
-    return path.suffix == ".parquet"
+    from maestri.shards.sources.file_patterns import kind_of
+
+    if kind_of(path) != "folder":
+        return path.suffix == ".parquet"
+    folders = [folder for folder in (path, path / "data") if folder.is_dir()]
+    return any(entry.suffix == ".parquet" for folder in folders for entry in folder.iterdir())

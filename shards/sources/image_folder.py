@@ -30,11 +30,18 @@ class FolderSource:
 
     kind = "folder"
 
-    def __init__(self, path: Path, *, labels: Path | None = None) -> None:
-        """Takes the folder, and a file with its images' labels instead of class folders; ``listing`` looks into it."""
+    def __init__(self, path: Path, *, labels: Path | None = None, class_names: tuple[str, ...] = ()) -> None:
+        """Takes the folder; ``listing`` looks into it.
+
+        Args:
+            path: of the folder.
+            labels: file with the images' labels, instead of class folders.
+            class_names: of all classes, for a file in which labels are numbers.
+        """
         self.path = path
         self.files = (path,)
         self._label_file = labels
+        self._all_classes = class_names
 
     def listing(self) -> Listing:
         """Returns the listing: files are sorted by path; classes are the first-level folders, sorted.
@@ -57,7 +64,7 @@ class FolderSource:
             class_names=(),
         )
         if self._label_file is not None:
-            labels = label_columns(self._label_file, files)
+            labels = label_columns(self._label_file, files, class_names=self._all_classes)
             return replace(
                 columns,
                 labels=labels.labels,
