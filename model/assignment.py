@@ -42,9 +42,20 @@ class Assigner(nn.Module):
 
     center: Tensor
 
-    def __init__(self, balance: Balance, *, num_prototypes: int, center_momentum: float = 0.9) -> None:
+    def __init__(
+        self, balance: Balance, *, num_prototypes: int, center_momentum: float = 0.9, iterations: int = 3
+    ) -> None:
+        """Makes the state: a centre of zeros.
+
+        Args:
+            balance: the device.
+            num_prototypes: scores of a sample.
+            center_momentum: of the centre, for centring.
+            iterations: of Sinkhorn.
+        """
         super().__init__()
         self.balance = balance
+        self.iterations = iterations
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(num_prototypes))
         self._staged: Tensor | None = None
@@ -53,7 +64,7 @@ class Assigner(nn.Module):
         """Returns float32 soft labels ``sample proto`` for teacher scores of the same shape."""
         scores = scores.float()
         if self.balance == "sinkhorn":
-            return sinkhorn(scores, temperature=temperature)
+            return sinkhorn(scores, temperature=temperature, iterations=self.iterations)
         if self.balance == "centring":
             mean = sum_over_ranks(scores.mean(dim=0)) / world_size()
             self._staged = self.center_momentum * self.center + (1 - self.center_momentum) * mean

@@ -255,7 +255,13 @@ def _state(config: PlmaeConfig, encoder: Encoder, *, seed: int) -> nn.Module:
     state = nn.Module()
     for name, level in (("class_level", config.class_level), ("data_level", config.data_level)):
         if level.weight:
-            state.add_module(name, Assigner(level.balance, num_prototypes=level.head.prototypes))
+            assigner = Assigner(
+                level.balance,
+                num_prototypes=level.head.prototypes,
+                center_momentum=level.centre_momentum,
+                iterations=level.sinkhorn_iterations,
+            )
+            state.add_module(name, assigner)
     settings = config.reconstruction
     if settings.weight and settings.target == "head":
         state.add_module("reconstruction", Assigner("sinkhorn", num_prototypes=settings.head.prototypes))

@@ -18,6 +18,10 @@ class LevelConfig:
     """Projection and prototypes; the student's and, by EMA, the labelling teacher's."""
     balance: Balance = "sinkhorn"
     """What keeps the teacher's labels from collapse."""
+    sinkhorn_iterations: int = 3
+    """Pairs of normalisations under ``balance: sinkhorn``."""
+    centre_momentum: float = 0.9
+    """How much of the centre stays at each micro-step under ``balance: centring``."""
     me_max: float = 0.0
     """Weight of log K − H(mean student prediction), which keeps the student's predictions from collapse."""
 
@@ -25,6 +29,10 @@ class LevelConfig:
         for name in ("weight", "me_max"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; a weight of the loss must be at least 0")
+        if self.sinkhorn_iterations < 1:
+            raise ValueError(f"sinkhorn_iterations is {self.sinkhorn_iterations}; expected at least 1")
+        if not 0 <= self.centre_momentum < 1:
+            raise ValueError(f"centre_momentum is {self.centre_momentum}; expected at least 0 and below 1")
         if self.me_max and not self.weight:
             raise ValueError(
                 f"me_max is {self.me_max}, but the level has weight 0 and is left out; set me_max to 0 too"

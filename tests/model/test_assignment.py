@@ -96,3 +96,11 @@ def test_mutual_information__tells_both_collapses_from_confident_diversity():
 def test_rank_me__counts_dimensions():
     assert rank_me(torch.eye(6)).item() == pytest.approx(6.0, rel=1e-4)
     assert rank_me(torch.ones(6, 4)).item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_assigner__iterates_as_often_as_it_is_told() -> None:
+    scores = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    for iterations in (1, 3, 50):
+        labels = Assigner("sinkhorn", num_prototypes=8, iterations=iterations).labels(scores, temperature=0.3)
+        assert torch.equal(labels, sinkhorn(scores, temperature=0.3, iterations=iterations))
+    assert (labels.sum(0) - 3).abs().max() < 1e-4, "after many, prototypes are used alike"
