@@ -1,6 +1,5 @@
 """Shards that somebody else made, taken where they lie: an index and a manifest, and no copy of a byte."""
 
-import fcntl
 import logging
 import os
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Literal
 
 from maestri.shards.classes import class_names_of
 from maestri.shards.errors import ShardError
-from maestri.shards.gather import labels_of, recipe_from, require_writable, write_set
+from maestri.shards.gather import labels_of, locked, recipe_from, require_writable, write_set
 from maestri.shards.journal import JOURNAL
 from maestri.shards.manifest import FILE_NAME, FORMATS, Manifest
 from maestri.shards.parallel import Report, over_shards, silent
@@ -107,12 +106,7 @@ def _adopt(
     files: Sequence[Path], home: Path, out: Path, config: AdoptConfig, class_names: tuple[str, ...], report: Report
 ) -> Manifest:
     require_writable(out)
-    lock = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ShardError(f"another process is writing to {out}; wait for it, or stop it") from None
+    with locked(out):
         if (out / FILE_NAME).exists():
             raise ShardError(f"{out} holds a set of shards; delete its {FILE_NAME} to index it anew, or choose another")
         if (out / JOURNAL).exists():
@@ -123,8 +117,6 @@ def _adopt(
         ]
         found = list(over_shards(scan, tasks, workers=config.workers, report=report))
         return _write(found, home, out, config, class_names)
-    finally:
-        os.close(lock)
 
 
 def _write(

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maestri.shards.beton_format import ARRAY_TYPES, IMAGE_TYPE, MAX_CLASSES, Beton, Field, read_exactly
+from maestri.shards.beton_format import ARRAY_TYPES, IMAGE_TYPE, Beton, Field, read_exactly
 from maestri.shards.errors import ShardError
+from maestri.shards.sources.labels import MAX_CLASSES
 
 _NAMES = ("label", "labels")
 

@@ -19,7 +19,6 @@ MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 31
 """Bytes; what FFCV's writer takes.  Pages are powers of two and lie at multiples of their size."""
 MAX_FIELDS = 1024
 MAX_SAMPLES = 1 << 31
-MAX_CLASSES = 1 << 22
 MAX_SIDE = 65535
 """Pixels."""
 JPEG, RAW = 0, 1

@@ -3,43 +3,18 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from isal.isal_zlib import crc32
-from numpy.typing import NDArray
 
 from maestri.shards import beton_block
 from maestri.shards.beton_block import Block
-from maestri.shards.beton_fields import Labels, image_field, label_field, read_labels
+from maestri.shards.beton_fields import Labels
 from maestri.shards.beton_format import HEADER, REGION, Beton, read_exactly
 from maestri.shards.beton_shard import FIXED_BYTES, ROW_BYTES, marks_of, tables
 from maestri.shards.errors import ShardError
-from maestri.shards.images import KEPT, BadImage, store
-from maestri.shards.rows import Rows, Sample
 
 _CHUNK = 1 << 22
-
-
-def read_rows(path: Path, *, label_field_name: str | None = None) -> dict[str, NDArray[Any]]:
-    """Returns the columns of a file as its writer left them.
-
-    Where FFCV wrote the file, each image is read: keys are the numbers of rows.
-
-    Args:
-        path: of the file.
-        label_field_name: in a file of FFCV's: which field is the label.
-
-    Raises:
-        ShardError: it is damaged, or a row holds no JPEG that can be used as it is.
-        OSError: it cannot be read.
-    """
-    beton = Beton(path)
-    block = our_block(beton)
-    if block is not None:
-        return block.columns
-    with path.open("rb") as file:
-        return _rows_of_stock(beton, file.fileno(), label_field_name)
 
 
 def our_block(beton: Beton) -> Block | None:
@@ -67,26 +42,6 @@ def labels_of(block: Block) -> Labels:
         ends=np.cumsum(columns["num_labels"]),
         values=columns["label_values"],
     )
-
-
-def _rows_of_stock(beton: Beton, file: int, label_field_name: str | None) -> dict[str, NDArray[Any]]:
-    images = beton.images(image_field(beton, None))
-    labels = read_labels(beton, label_field(beton, label_field_name))
-    rows, width = Rows(), len(str(max(beton.num_samples - 1, 0)))
-    for row in range(beton.num_samples):
-        data = read_exactly(beton.path, file, int(images.sizes[row]), int(images.offsets[row]))
-        try:
-            image = None if images.is_raw[row] else store(data, check="header")
-        except BadImage as error:
-            raise ShardError(f"{beton.path}: row {row}: {error}") from None
-        if image is None or image.stored != KEPT:
-            raise ShardError(f"{beton.path}: row {row} is no JPEG that can be used as it is; convert the file instead")
-        several = None
-        if labels.ends is not None and labels.values is not None:
-            several = tuple(labels.values[int(labels.ends[row - 1]) if row else 0 : int(labels.ends[row])].tolist())
-        sample = Sample(key=f"{row:0{width}d}", label=int(labels.first[row]), labels=several, image=image)
-        rows.add(sample, offset=int(images.offsets[row]))
-    return rows.columns()
 
 
 def damage(path: Path) -> Iterator[str]:

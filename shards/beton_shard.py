@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,26 +39,6 @@ FIXED_BYTES = HEADER.itemsize + 2 * FIELD.itemsize
 ROW_BYTES = 24
 """Of the metadata table; the same for both kinds of labels."""
 _CHUNK = 1 << 22
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WrittenBeton:
-    """What there is to know about a file that was just written."""
-
-    columns: dict[str, NDArray[Any]]
-    """Its rows of the index."""
-    xxh128: str
-    """Checksum of the whole file, hexadecimal."""
-
-
-def write_beton(
-    path: Path, samples: Iterable[Sample], *, num_classes: int = 0, class_names: Sequence[str] = ()
-) -> WrittenBeton:
-    """Writes a file and returns where its images lie; see ``BetonShard``."""
-    with BetonShard(path, num_classes=num_classes, class_names=class_names) as shard:
-        for sample in samples:
-            shard.add(sample)
-    return WrittenBeton(columns=shard.rows.columns(), xxh128=shard.xxh128)
 
 
 class BetonShard:

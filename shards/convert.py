@@ -4,14 +4,10 @@ A shard is a fixed range of the shuffled source, so its bytes depend neither on 
 earlier attempt stopped.  Finished shards are kept; the manifest is written last and makes the set whole.
 """
 
-import itertools
-import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,17 +15,18 @@ from maestri.shards import worker
 from maestri.shards.byte_size import ByteSize
 from maestri.shards.classes import class_names_of
 from maestri.shards.disk_space import require_space
+from maestri.shards.encoders import encoders
 from maestri.shards.errors import ShardError
 from maestri.shards.finish import finish
 from maestri.shards.journal import Journal
 from maestri.shards.listing import Listing
 from maestri.shards.manifest import Manifest
+from maestri.shards.parallel import Progress, Report, in_processes, silent, worker_context
 from maestri.shards.plan import cut, cut_by_count, in_order, recipe_of, shuffled
 from maestri.shards.shard_set import ShardSet
 from maestri.shards.sources import Source, open_source
 from maestri.shards.worker import Counters, Storing, Task
 
-POLL_SECONDS = 0.2
 _BOUNDS = {
     "workers": (1, 1024),
     "shard_bytes": (1, 2**62),
@@ -108,30 +105,7 @@ class ConvertConfig:
         return int(match[1]) - 1, int(match[2])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far a conversion is."""
-
-    images: int
-    """Done, bad ones included."""
-    bytes: int
-    """Of the source, done."""
-    bad: int
-    """Quarantined."""
-    total_images: int
-    """To do in all."""
-    total_bytes: int
-    """To do in all."""
-    resumed_images: int
-    """Of those done, found finished at the start."""
-
-
-Report = Callable[[Progress], None]
-
-
-def convert(
-    source_path: Path, out: Path, config: ConvertConfig, *, report: Report = lambda _: None
-) -> dict[str, Manifest]:
+def convert(source_path: Path, out: Path, config: ConvertConfig, *, report: Report = silent) -> dict[str, Manifest]:
     """Converts a source and returns the manifest of the set in each format; of a part, none.
 
     Args:
@@ -169,7 +143,7 @@ def convert_source(
     out: Path,
     config: ConvertConfig,
     *,
-    report: Report = lambda _: None,
+    report: Report = silent,
     class_names: tuple[str, ...] | None = None,
 ) -> dict[str, Manifest]:
     """Converts an opened source; see ``convert``.
@@ -185,24 +159,49 @@ def convert_source(
         raise ShardError(f"{out} lies inside the source {source.path}; choose a folder outside of it")
     try:
         with Journal(out, config.formats, part=config.part) as journal:
-            stage = getattr(source, "stage", None)
-            if stage is not None:
-                journal.staged.mkdir(exist_ok=True)
-                stage(journal.staged)
+            _stage(source, journal, config)
             listing = source.listing()
             wanted = class_names or (class_names_of(config.classes) if config.classes else None)
             if wanted is not None:
-                listing = listing.with_classes(wanted)
+                listing = _with_classes(listing, wanted)
             plan = _Plan(listing, config)
+            if not journal.head and not journal.is_whole() and _minds_space(config):  # other settings may yet do
+                require_space(out, plan.num_bytes_of(_mine(plan, config)) * len(config.formats))
             if journal.claim(_head(source, listing, plan, config)):
                 return _whole(journal)
             _write_shards(source, journal, plan, config, report)
             if config.part:
+                journal.drop_staged()
                 return {}
             return finish(journal)
     except OSError as error:
         at = error.filename or out
         raise ShardError(f"{error.strerror or error}: {at}; once that is mended, the same command continues") from None
+
+
+def _stage(source: Source, journal: Journal, config: ConvertConfig) -> None:
+    """Lays the images of a source that cannot be read at random out in the journal."""
+    stage = getattr(source, "stage", None)
+    if stage is None:
+        return
+    journal.staged.mkdir(exist_ok=True)
+    to_stage = getattr(source, "bytes_to_stage", None)
+    size = to_stage(journal.staged) if config.check_space and to_stage is not None else 0
+    if size and _minds_space(config) and not journal.head and not journal.is_whole():  # the shards come on top
+        size += sum(file.stat().st_size for file in source.files) * len(config.formats) // config.part_of()[1]
+    require_space(journal.out, size)
+    stage(journal.staged)
+
+
+def _minds_space(config: ConvertConfig) -> bool:
+    return config.check_space and not config.resize_shorter
+
+
+def _with_classes(listing: Listing, class_names: tuple[str, ...]) -> Listing:
+    """Returns the listing with classes numbered by another list; one without labels gets no classes."""
+    found = listing.with_classes(class_names)
+    has_labels = bool((found.labels >= 0).any()) or found.label_ends is not None
+    return found if has_labels else replace(found, class_names=())
 
 
 class _Plan:
@@ -229,10 +228,19 @@ class _Plan:
     def num_bytes(self, number: int) -> int:
         return int(self.listing.sizes[self.order[self.bounds[number] : self.bounds[number + 1]]].sum())
 
+    def num_bytes_of(self, numbers: Sequence[int]) -> int:
+        return sum(self.num_bytes(number) for number in numbers)
+
     def task(self, number: int) -> Task:
         first, last = self.bounds[number], self.bounds[number + 1]
         samples = self.listing.take(self.order[first:last])
         return Task(name=self.name(number), number=number, first_sample=int(first), samples=samples)
+
+
+def _mine(plan: _Plan, config: ConvertConfig) -> range:
+    """Returns the numbers of the shards that this part is to write."""
+    part, num_parts = config.part_of()
+    return range(part, plan.num_shards, num_parts)
 
 
 def _head(source: Source, listing: Listing, plan: _Plan, config: ConvertConfig) -> dict[str, Any]:
@@ -252,6 +260,7 @@ def _head(source: Source, listing: Listing, plan: _Plan, config: ConvertConfig) 
         "formats": config.formats,
         "num_shards": plan.num_shards,
         "part_count": config.part_of()[1],
+        "encoders": encoders(),
         "manifest": {
             "source": {"kind": source.kind, "name": source.path.resolve().name},
             "labels": "several" if several else "class" if listing.class_names else "none",
@@ -301,16 +310,13 @@ def _whole(journal: Journal) -> dict[str, Manifest]:
 
 def _write_shards(source: Source, journal: Journal, plan: _Plan, config: ConvertConfig, report: Report) -> None:
     """Writes all shards that are not there yet."""
-    part, num_parts = config.part_of()
-    mine = range(part, plan.num_shards, num_parts)
+    mine = _mine(plan, config)
     finished = journal.finished()
     waiting = [number for number in mine if plan.name(number) not in finished]
     total = sum(plan.num_samples(number) for number in mine)
     resumed = total - sum(plan.num_samples(number) for number in waiting)
-    num_bytes = sum(plan.num_bytes(number) for number in waiting)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["maestri.shards.worker", "maestri.shards.webdataset_writer"])
-    counters = Counters(context, plan.num_shards)
+    num_bytes = plan.num_bytes_of(waiting)
+    counters = Counters(worker_context(), plan.num_shards)
 
     def tell() -> None:
         images, size, bad = counters.totals()
@@ -324,31 +330,26 @@ def _write_shards(source: Source, journal: Journal, plan: _Plan, config: Convert
     tell()
     if not waiting:
         return
-    if config.check_space and not config.resize_shorter:
+    if _minds_space(config):
         require_space(journal.out, num_bytes * len(config.formats))
     num_workers = min(config.workers, len(waiting))
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=context,
+    names = in_processes(
+        worker.run,
+        ((plan.task(number),) for number in waiting),
+        workers=num_workers,
+        counters=counters,
         initializer=worker.start,
         initargs=(source, journal.paths_only(), _storing(config), counters),
+        tell=tell,
+        died_at=lambda: _names_at(counters, plan),
     )
-    try:
-        _run_all(pool, (plan.task(number) for number in waiting), limit=2 * num_workers, tell=tell)
-    except BrokenProcessPool:
-        raise ShardError("a worker process died; run the same command again to continue") from None
-    finally:
-        counters.stop()
-        pool.shutdown(cancel_futures=True)
-    tell()
+    for _ in names:
+        pass  # shards stay where they were put
 
 
-def _run_all(pool: ProcessPoolExecutor, tasks: Iterator[Task], *, limit: int, tell: Callable[[], None]) -> None:
-    """Runs tasks, never more than ``limit`` at once in memory."""
-    futures: set[Future[str]] = {pool.submit(worker.run, task) for task in itertools.islice(tasks, limit)}
-    while futures:
-        done, futures = wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
-        tell()
-        for future in done:
-            future.result()
-        futures |= {pool.submit(worker.run, task) for task in itertools.islice(tasks, len(done))}
+def _names_at(counters: Counters, plan: _Plan) -> str:
+    """Returns the images that workers were at, as part of a sentence."""
+    names = [plan.task(number).samples.names[sample] for number, sample in counters.entered()]
+    if not names:
+        return ""
+    return f" at {', '.join(names[:-1])}{' or ' if len(names) > 1 else ''}{names[-1]}"

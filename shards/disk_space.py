@@ -7,7 +7,7 @@ from maestri.shards.errors import ShardError
 
 
 def require_space(folder: Path, size: int) -> None:
-    """Checks that the disk of a folder that exists has room for ``size`` bytes.
+    """Checks that the disk of a folder that exists has room for ``size`` bytes more.
 
     Raises:
         ShardError: it has not.

@@ -36,7 +36,7 @@ def finish(journal: Journal) -> dict[str, Manifest]:
     manifests = {}
     for form in journal.formats:
         listed = "".join(json.dumps(entry) + "\n" for entry in bad)
-        write_atomically(journal.folder(form) / QUARANTINE_LIST, listed.encode())
+        write_atomically(journal.folder(form) / QUARANTINE_LIST, listed.encode(), drafts=journal.drafts)
         described = _write_index(journal, form, kept)
         manifests[form] = Manifest(
             **{**journal.head["manifest"], "class_names": tuple(journal.head["manifest"]["class_names"])},

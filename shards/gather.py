@@ -1,9 +1,11 @@
 """Index and manifest of shards that are there already, from what was found in them."""
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,15 @@ def labels_of(shards: Sequence[Scanned], class_names: tuple[str, ...] = ()) -> L
     return LabelColumns(labels=found.labels, label_ends=None, label_values=None, class_names=())
 
 
-def write_index(folder: Path, shards: Sequence[Scanned], labels: LabelColumns) -> dict[str, Any]:
-    """Writes ``index.bin`` of shards with at least one row and returns the manifest's description of it."""
+def write_index(folder: Path, shards: Sequence[Scanned], labels: LabelColumns, *, wanted: str = "") -> dict[str, Any]:
+    """Writes ``index.bin`` of shards with at least one row and returns the manifest's description of it.
+
+    Args:
+        folder: of the set.
+        shards: in the order of rows.
+        labels: of all rows.
+        wanted: its checksum; with another one, the index that is there stays.
+    """
     num_labels = None if labels.label_values is None else len(labels.label_values)
     num_rows = sum(len(shard) for shard in shards)
     layout = index.layout_of(
@@ -59,8 +68,9 @@ def write_index(folder: Path, shards: Sequence[Scanned], labels: LabelColumns) -
             draft.close()
         sync(path)
         described = {"bytes": path.stat().st_size, "xxh128": xxh128_of(path), "columns": layout}
-        path.replace(folder / index.FILE_NAME)
-        sync(folder)
+        if wanted in ("", described["xxh128"]):
+            path.replace(folder / index.FILE_NAME)
+            sync(folder)
     finally:
         path.unlink(missing_ok=True)
     return described
@@ -124,6 +134,24 @@ def require_writable(folder: Path) -> None:
     """Raises ShardError where a folder cannot be written to."""
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ShardError(f"{folder} cannot be written to; give another folder for the set: OUT")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing to a set.
+
+    Raises:
+        ShardError: one is at it.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShardError(f"another process is writing to {folder}; wait for it, or stop it") from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def _with_labels(shard: Scanned, number: int, first: int, labels: LabelColumns) -> dict[str, Any]:

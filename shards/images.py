@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from maestri.shards.jpeg import JpegHeader, NotPlain, parse_header
-from maestri.shards.jpeg_damage import find_damage
+from maestri.shards.jpeg_damage import MAX_SCANS, count_scans, find_damage
 from maestri.shards.pixels import (
     decode_for,
     decode_rare,
@@ -27,6 +27,8 @@ and an end marker; what could be got out of a damaged image; a PNG, the source's
 
 MAX_PIXELS = 1 << 28
 """What the data path decodes at most; workers set Pillow's own limit to it."""
+MAX_IMAGE = 1 << 30
+"""Bytes of a file, or of an array; what is larger is no image, whatever its name, and is not read."""
 MAX_SIDE = 65500
 """Pixels; libjpeg encodes no more."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
@@ -37,6 +39,16 @@ _JPEG_START, _END_MARKER = b"\xff\xd8", b"\xff\xd9"
 
 class BadImage(Exception):
     """An image that cannot be stored; the reason is its text."""
+
+
+def require_size(size: int) -> None:
+    """Raises BadImage where so many bytes are no image: a source asks before it reads."""
+    if size > MAX_IMAGE:
+        raise BadImage(f"{size} bytes, and no image has more than {MAX_IMAGE}")
+
+
+class _TooCostly(BadImage):
+    """An image that is not decoded, whatever might be got out of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +111,8 @@ def store(
         raise BadImage("the file is empty")
     try:
         return _store_file(source, check, form)
-    except BadImage:
-        if mend and (fixed := _fixed(source, form)):
+    except BadImage as error:
+        if mend and not isinstance(error, _TooCostly) and (fixed := _fixed(source, form)):
             return fixed
         raise
 
@@ -108,13 +120,15 @@ def store(
 def _store_file(source: bytes, check: str, form: _Form) -> StoredImage:
     why_not_plain = "no JPEG"
     if source[:2] == _JPEG_START:
+        header = None
         try:
             header = parse_header(source)
         except NotPlain as error:
             why_not_plain = str(error)
-        else:
-            if not header.is_rgb:
-                return _store_jpeg(source, header, check, form)
+        if (num_scans := count_scans(source, header)) > MAX_SCANS:
+            raise _TooCostly(f"{num_scans} scans, each of which costs a decoder a pass; expected up to {MAX_SCANS}")
+        if header is not None and not header.is_rgb:
+            return _store_jpeg(source, header, check, form)
         if damage := find_damage(source, None):
             raise BadImage(damage)
     try:

@@ -5,6 +5,7 @@ each starting at a multiple of 64 bytes, little-endian.  Where each starts is in
 nothing but the head.
 """
 
+import operator
 import os
 import struct
 from collections.abc import Mapping
@@ -146,9 +147,10 @@ def open_columns(path: Path, layout: Mapping[str, Mapping[str, Any]], num_rows: 
     for name in names:
         try:
             entry = layout[name]
-            dtype, start, length = np.dtype(_DTYPES[name]), int(entry["offset"]), int(entry["length"])
+            dtype = np.dtype(_DTYPES[name])
+            start, length = operator.index(entry["offset"]), operator.index(entry["length"])
             is_ours = entry["dtype"] == dtype.str and start >= ALIGNMENT and length >= 0
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, OverflowError, TypeError, ValueError):
             is_ours = False
         if not is_ours:
             raise ShardError(f"the manifest beside {path} does not describe its column '{name}'")
@@ -157,3 +159,38 @@ def open_columns(path: Path, layout: Mapping[str, Mapping[str, Any]], num_rows: 
             raise ShardError(f"the index {path} is cut short: column '{name}' ends at byte {stop} of {len(mapped)}")
         found[name] = mapped[start:stop].view(dtype)
     return Columns(**found)
+
+
+def wrong_label(columns: Columns, num_classes: int) -> tuple[int, str] | None:
+    """Returns the first row with a label that is none of the classes, and what it is; None where all are right."""
+    wrong = (columns.label < -1) | (columns.label >= num_classes)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        return row, f"label {columns.label[row]} is none of {num_classes} classes"
+    if columns.label_values is not None and columns.label_end is not None:
+        wrong = (columns.label_values < 0) | (columns.label_values >= num_classes)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            row = min(int(np.argmax(columns.label_end > at)), len(columns.label_end) - 1)
+            return row, f"label {columns.label_values[at]} is none of {num_classes} classes"
+    return None
+
+
+def wrong_row(columns: Columns, num_classes: int) -> tuple[int, str] | None:
+    """Returns the first row whose key or labels cannot be, and what is wrong; None where all can.
+
+    What this does not look at is compared when an image is read.
+    """
+    for name, ends, total in (
+        ("key", columns.key_end, len(columns.keys)),
+        ("label", columns.label_end, 0 if columns.label_values is None else len(columns.label_values)),
+    ):
+        if ends is None or not len(ends):
+            continue
+        starts = np.concatenate((np.zeros(1, ends.dtype), ends[:-1]))
+        wrong = (starts > ends) | (ends > total) | ((starts == ends) & (name == "key"))
+        wrong[-1] |= ends[-1] != total
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            return row, f"its {name}s are said to be {starts[row]} to {ends[row]} of {total}"
+    return wrong_label(columns, num_classes)

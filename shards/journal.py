@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestri.shards.errors import ShardError
-from maestri.shards.files import write_atomically
+from maestri.shards.files import sync, write_atomically
 from maestri.shards.manifest import FILE_NAME, Manifest
 
 JOURNAL = ".convert"
@@ -22,6 +23,8 @@ QUARANTINE = "quarantine"
 """Folder, in the set's, of rejected images."""
 HEAD = "conversion.json"
 """File, in the journal, of what the conversion is."""
+_STAGED = "staged"
+_RECORD = {"files", "images", "key_bytes", "labels", "bad"}
 
 
 class Journal:
@@ -32,13 +35,15 @@ class Journal:
         self.out = out
         self.formats = formats
         self.head: dict[str, Any] = {}
-        """Of the conversion: ``recipe``, ``num_shards`` and what its manifest will say."""
-        self.drafts = out / JOURNAL / f"drafts{part and '-'}{part.replace('/', '-of-')}"
-        """Folder for unfinished files."""
-        self.staged = out / JOURNAL / "staged"
-        """Folder for the images of sources that cannot be read at random."""
+        """Of the conversion: ``recipe``, ``num_shards``, ``encoders`` and what its manifest will say."""
+        mine = f"-{part.replace('/', '-of-')}" if part else ""
+        self.drafts = out / JOURNAL / f"drafts{mine}"
+        """Folder for unfinished files, of this part alone."""
+        self.staged = out / JOURNAL / f"{_STAGED}{mine}"
+        """Folder for the images of sources that cannot be read at random, of this part alone."""
         self._part = part
         self._is_complete = False
+        self._made_out = False
         self._folder = out / JOURNAL
         self._locks: list[int] = []
 
@@ -51,26 +56,25 @@ class Journal:
         """
         if self.out.exists() and not self._is_ours() and any(self.out.iterdir()):
             raise ShardError(f"{self.out} is not empty and holds no set of shards; choose another folder")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock(self._folder, shared=bool(self._part))
-        self.drafts.mkdir(exist_ok=True)
-        if self._part:
-            self._lock(self.drafts, shared=False)
-        for draft in self.drafts.iterdir():
-            draft.unlink()
-        if (self._folder / HEAD).exists():
-            self.head = self._read_head()
+        self._made_out = not self.out.exists()
+        try:
+            self._lock(self._folder, shared=bool(self._part))
+            self.drafts.mkdir(exist_ok=True)
+            if self._part:
+                self._lock(self.drafts, shared=False)
+            for draft in self.drafts.iterdir():
+                draft.unlink()
+            if (self._folder / HEAD).exists():
+                self.head = self._read_head()
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._is_complete or (not self.head and not self._has_staged() and self._is_alone()):  # leave no trace
-            shutil.rmtree(self._folder, ignore_errors=True)
-            if not any(self.out.iterdir()):
-                self.out.rmdir()
-        while self._locks:
-            os.close(self._locks.pop())
+        self._leave()
 
     def claim(self, head: Mapping[str, Any]) -> bool:
         """Makes the folder this conversion's; returns whether the set is whole already.
@@ -79,28 +83,33 @@ class Journal:
             head: ``recipe`` and whatever else ``head`` is to hold.
 
         Raises:
-            ShardError: it is another conversion's.
+            ShardError: it is another conversion's, or one in another number of parts, or by other encoders.
         """
-        whole = [self.folder(form) for form in self.formats if (self.folder(form) / FILE_NAME).exists()]
-        for folder in whole:
+        for folder in filter(_is_set, map(self.folder, self.formats)):
             if Manifest.read(folder).recipe != head["recipe"]:
                 raise ShardError(
                     f"{folder} holds a set made from another source or with other settings; choose another folder"
                 )
-        if len(whole) == len(self.formats):
+        if self.is_whole():
             self.head, self._is_complete = {}, True
             return True
-        if self.head and self.head["recipe"] != head["recipe"]:
+        self.head = self._published(head)
+        if self.head["recipe"] != head["recipe"]:
             raise ShardError(
                 f"{self.out} holds an unfinished conversion of another source or with other settings; finish that, "
                 "or delete the folder"
             )
-        if not self.head:
-            self.head = dict(head)
-            write_atomically(self._folder / HEAD, json.dumps(self.head).encode(), drafts=self.drafts)
-            for form in self.formats:
-                self.folder(form).mkdir(exist_ok=True)
+        if head["part_count"] not in (1, self.head["part_count"]):  # a conversion in one go finishes any part's job
+            how = "in one go" if self.head["part_count"] == 1 else f"in {self.head['part_count']} parts"
+            raise ShardError(f"{self.out} is being converted {how}, not in {head['part_count']} parts")
+        require_encoders(self.head, head, str(self.out))
+        for form in self.formats:
+            self.folder(form).mkdir(exist_ok=True)
         return False
+
+    def is_whole(self) -> bool:
+        """Returns whether there is a set in every format."""
+        return all(_is_set(self.folder(form)) for form in self.formats)
 
     def paths_only(self) -> "Journal":
         """Returns a journal for worker processes, which knows where things lie and holds no lock."""
@@ -115,23 +124,26 @@ class Journal:
         return self.folder(form) / f"{name}.{form}"
 
     def finished(self) -> set[str]:
-        """Returns the names of shards that are in place in every format."""
+        """Returns the names of shards that are in place in every format, and of those without an image."""
         found = []
         for form in self.formats:
             suffix = f".{form}"
             with os.scandir(self.folder(form)) as entries:
                 found.append({e.name.removesuffix(suffix) for e in entries if e.name.endswith(suffix)})
-        return set.intersection(*found)
+        names = set.intersection(*found)
+        with os.scandir(self._folder) as entries:
+            recorded = {e.name.removesuffix(".json") for e in entries if e.name.endswith(".json") and e.name != HEAD}
+        return names | {name for name in recorded - names if self._is_empty(name)}
 
     def write_record(self, name: str, record: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> None:
         """Keeps what is to be known about a shard; comes before its files are put into place."""
-        draft = self._folder / f"{name}.npz.tmp"
+        draft = self.drafts / f"{name}.npz.tmp"
         with draft.open("wb") as file:
             np.savez(file, **columns)  # type: ignore[arg-type]  # numpy's stub takes the columns for allow_pickle
             file.flush()
             os.fsync(file.fileno())
         draft.replace(self._folder / f"{name}.npz")
-        write_atomically(self._folder / f"{name}.json", json.dumps(record).encode())
+        write_atomically(self._folder / f"{name}.json", json.dumps(record).encode(), drafts=self.drafts)
 
     def record(self, name: str) -> dict[str, Any]:
         """Returns what a worker left about a finished shard.
@@ -140,10 +152,11 @@ class Journal:
             ShardError: it cannot be read.
         """
         try:
-            found = json.loads((self._folder / f"{name}.json").read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads((self._folder / f"{name}.json").read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or not found.keys() >= _RECORD:
+                raise ValueError("fields are missing")
         except (OSError, ValueError) as error:
             raise self._lost(name, error) from None
-        assert isinstance(found, dict)
         return found
 
     def columns(self, name: str) -> dict[str, NDArray[Any]]:
@@ -185,8 +198,54 @@ class Journal:
             if path.parts[0] != JOURNAL:
                 (self.out / path).unlink(missing_ok=True)
 
+    def drop_staged(self) -> None:
+        """Removes the staged images, which nothing needs any more."""
+        shutil.rmtree(self.staged, ignore_errors=True)
+
+    def _leave(self) -> None:
+        """Leaves no trace of a set that is whole, nor of a conversion that never began; gives the locks back."""
+        try:
+            with suppress(OSError):  # an error on the way out would hide the one that is on its way
+                if self._is_complete or (not self.head and not self._has_staged() and self._is_alone()):
+                    shutil.rmtree(self._folder, ignore_errors=True)
+                    if self._made_out and not any(self.out.iterdir()):
+                        self.out.rmdir()
+        finally:
+            while self._locks:
+                os.close(self._locks.pop())
+
+    def _published(self, head: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the head that is there, after putting this one into place if there was none.
+
+        Several parts may do so at once; the first one's counts.
+        """
+        path, draft = self._folder / HEAD, self.drafts / HEAD
+        if not path.exists():
+            try:
+                draft.write_text(json.dumps(dict(head)), encoding="utf-8")
+                sync(draft)
+                try:
+                    os.link(draft, path)  # unlike a rename, never replaces another's
+                except FileExistsError:
+                    pass
+                except OSError:  # no links on this disk
+                    if not path.exists():
+                        draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
+            sync(self._folder)
+        return self._read_head()
+
+    def _is_empty(self, name: str) -> bool:
+        """Returns whether a shard is finished and has no image, so that its files may be gone."""
+        try:
+            return bool(self.record(name)["images"] == 0)
+        except ShardError:
+            return False
+
     def _has_staged(self) -> bool:
-        return self.staged.is_dir() and any(self.staged.iterdir())
+        """Returns whether this part, or another, left images that it would have to copy again."""
+        return any(any(folder.iterdir()) for folder in self._folder.glob(f"{_STAGED}*") if folder.is_dir())
 
     def _is_alone(self) -> bool:
         """Returns whether no other part is at work."""
@@ -197,7 +256,7 @@ class Journal:
         return not (self._folder / HEAD).exists()
 
     def _is_ours(self) -> bool:
-        return self._folder.is_dir() or any((self.folder(form) / FILE_NAME).exists() for form in self.formats)
+        return self._folder.is_dir() or any(_is_set(self.folder(form)) for form in self.formats)
 
     def _read_head(self) -> dict[str, Any]:
         try:
@@ -214,11 +273,38 @@ class Journal:
         return ShardError(f"{path} has lost its journal ({error}); delete it and run the same command")
 
     def _lock(self, folder: Path, *, shared: bool) -> None:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            what = f"part {self._part} is being converted" if folder == self.drafts else "another process is converting"
-            raise ShardError(f"{what} into {self.out}; wait for it, or stop it") from None
-        self._locks.append(handle)
+        """Makes and locks a folder that another process may be about to remove."""
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(folder, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+            self._locks.append(handle)
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._locks.pop())
+                part = f"part {self._part} is being converted"
+                what = part if folder == self.drafts else "another process is converting"
+                raise ShardError(f"{what} into {self.out}; wait for it, or stop it") from None
+            with suppress(FileNotFoundError):
+                if folder.stat().st_ino == os.fstat(handle).st_ino:
+                    return
+            os.close(self._locks.pop())  # it was removed before it was locked
+
+
+def _is_set(folder: Path) -> bool:
+    return (folder / FILE_NAME).exists()
+
+
+def require_encoders(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> None:
+    """Raises ShardError where heads of one conversion name different versions of what encodes images."""
+    first, second = one.get("encoders"), other.get("encoders")
+    if first and second and first != second:
+        names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+        differing = ", ".join(f"{name} {first.get(name, 'none')} and {second.get(name, 'none')}" for name in names)
+        raise ShardError(
+            f"{where} was begun with other libraries, which may encode images otherwise: {differing}; use the "
+            "same everywhere, or begin anew in another folder"
+        )

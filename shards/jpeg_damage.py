@@ -35,6 +35,9 @@ _DAMAGE = re.compile(r"corrupt|premature|inconsistent", re.IGNORECASE)
 _MAX_JUNK = 8
 """Bytes before the end marker; where blocks broke, there are seldom as few."""
 _MAX_WARNINGS = 4
+MAX_SCANS = 500
+"""Of a JPEG; encoders write about ten, and a file of a few kilobytes can keep a decoder busy for minutes."""
+_SCAN = re.compile(rb"\xff\xda")
 
 
 def find_damage(data: bytes, header: JpegHeader | None) -> str:
@@ -56,6 +59,26 @@ def find_damage(data: bytes, header: JpegHeader | None) -> str:
     if header is None and not _DAMAGE.search(problem):
         return ""  # of a kind that libjpeg-turbo doesn't decode: others have to say
     return problem
+
+
+def count_scans(data: bytes, header: JpegHeader | None) -> int:
+    """Returns how many scans a JPEG has up to its end marker, or any number that is not above ``MAX_SCANS``.
+
+    Args:
+        data: of the file.
+        header: its header; None for a JPEG of another kind.
+    """
+    if header is not None and not header.is_progressive and data[header.scan_at + 4] == len(header.channels):
+        return 1  # libjpeg refuses another
+    if sum(1 for _ in _SCAN.finditer(data)) <= MAX_SCANS:
+        return 1
+    scans, at = 0, 2
+    while (match := _MARKER.search(data, at)) is not None and (marker := data[match.start() + 1]) != _END[1]:
+        at = match.start() + 2
+        if marker not in (0x01, 0xD8):
+            scans += marker == 0xDA
+            at += int.from_bytes(data[at : at + 2], "big")
+    return scans
 
 
 def _decode(data: bytes) -> str:

@@ -1,6 +1,7 @@
 """What a source holds, in columns: a million images cost about a hundred bytes each."""
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -26,12 +27,10 @@ class Strings:
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Strings":
         """Returns the texts in columns."""
-        data = bytearray()
-        ends = []
+        draft = StringsDraft()
         for text in texts:
-            data += text.encode("utf-8", "surrogateescape")
-            ends.append(len(data))
-        return cls(np.frombuffer(bytes(data), np.uint8), np.array(ends, np.int64))
+            draft.add(text)
+        return draft.strings()
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -57,6 +56,29 @@ class Strings:
         """Returns some of them, in the order given."""
         starts = np.where(rows > 0, self.ends[rows - 1], 0)
         return Strings(*_ragged(self.data, starts, self.ends[rows]))
+
+
+class StringsDraft:
+    """Strings in the making: as few bytes as they will have."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._data = bytearray()
+        self._ends = array("q")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, text: str) -> None:
+        """Takes the next string."""
+        self._data += text.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._data))
+
+    def strings(self) -> Strings:
+        """Returns them; nothing can be added any more."""
+        data, ends = np.frombuffer(self._data, np.uint8), np.frombuffer(self._ends, np.int64)
+        data.flags.writeable = ends.flags.writeable = False
+        return Strings(data, ends)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """``manifest.json``: what a set of shards is, without time, host or absolute path."""
 
 import json
-import operator
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,10 +104,12 @@ class Manifest:
             raise ShardError(f"{path} has format version {version}; this Maestri reads {FORMAT_VERSION}; {advice}")
         try:
             stored["shards"] = tuple(ShardInfo(**shard) for shard in stored["shards"])
+            if not isinstance(stored["class_names"], list):
+                raise TypeError("class_names is no list")
             stored["class_names"] = tuple(stored["class_names"])
             manifest = cls(**stored)
             manifest._check()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ShardError(f"{path} is damaged: {error}") from None
         return manifest
 
@@ -115,16 +117,47 @@ class Manifest:
         """Raises ValueError or TypeError where a field is not what it says; names stay inside the folder."""
         total = 0
         for shard in self.shards:
+            _check_path("a shard's name", shard.name)
             if Path(shard.name).name != shard.name:
-                raise ValueError(f"'{shard.name}' is no file name")
-            if min(operator.index(shard.bytes), operator.index(shard.num_samples)) < 0:
-                raise ValueError(f"{shard.name} has a negative size")
+                raise ValueError(f"{shard.name!a} is no file name")
+            _check_text(f"xxh128 of {shard.name!a}", shard.xxh128)
+            _check_number(f"bytes of {shard.name!a}", shard.bytes)
+            _check_number(f"num_samples of {shard.name!a}", shard.num_samples)
             total += shard.num_samples
-        if total != operator.index(self.num_samples):
+        _check_number("num_samples", self.num_samples)
+        _check_number("num_quarantined", self.num_quarantined)
+        _check_number("seed", self.seed, least=-1)
+        if total != self.num_samples:
             raise ValueError(f"shards hold {total} samples, and num_samples is {self.num_samples}")
         if self.format not in FORMATS or self.labels not in LABEL_KINDS:
-            raise ValueError(f"format '{self.format}' or labels '{self.labels}' is unknown")
+            raise ValueError(f"format {self.format!a} or labels {self.labels!a} is unknown")
+        _check_path("base", self.base)
         if Path(self.base).is_absolute():
-            raise ValueError(f"base '{self.base}' is not relative")
-        if not isinstance(self.index.get("columns"), Mapping):
+            raise ValueError(f"base {self.base!a} is not relative")
+        for name, fields in (("source", self.source), ("images", self.images)):
+            if not isinstance(fields, dict):
+                raise TypeError(f"{name} is {fields!a:.60}; expected names and texts")
+            for key, text in fields.items():
+                _check_text(f"{name}.{key}", text)
+        _check_text("recipe", self.recipe)
+        for label, text in enumerate(self.class_names):
+            _check_text(f"the name of class {label}", text)
+        if not isinstance(self.index, dict) or not isinstance(self.index.get("columns"), dict):
             raise TypeError("index has no columns")
+
+
+def _check_text(what: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is {value!a:.60}; expected a text")
+
+
+def _check_path(what: str, value: object) -> None:
+    _check_text(what, value)
+    if "\0" in str(value):
+        raise ValueError(f"{what} is {value!a:.60}, which no path can be")
+    os.fsencode(str(value))  # a lone surrogate is no path either
+
+
+def _check_number(what: str, value: object, *, least: int = 0) -> None:
+    if type(value) is not int or not least <= value < 1 << 63:
+        raise ValueError(f"{what} is {value!a:.60}; expected a whole number from {least}")

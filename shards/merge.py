@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,11 +11,14 @@ from typing import Any
 
 from maestri.shards.disk_space import require_space
 from maestri.shards.errors import ShardError
-from maestri.shards.files import sync
+from maestri.shards.files import sync, xxh128_of
 from maestri.shards.finish import finish
-from maestri.shards.journal import HEAD, JOURNAL, QUARANTINE, Journal
+from maestri.shards.journal import HEAD, JOURNAL, QUARANTINE, Journal, require_encoders
 from maestri.shards.manifest import FILE_NAME, FORMATS, Manifest
 from maestri.shards.parallel import Progress, Report, silent
+
+_KEPT = re.compile(rf"{QUARANTINE}/[0-9]{{9,}}\.bin")
+"""Paths, in a set, of images that were left out."""
 
 
 def merge(out: Path, parts: Sequence[Path] = (), *, report: Report = silent) -> dict[str, Manifest]:
@@ -32,7 +36,7 @@ def merge(out: Path, parts: Sequence[Path] = (), *, report: Report = silent) -> 
     parts = [part for part in parts if part.resolve() != out.resolve()]
     try:
         whole = _whole(out)
-        if whole and not (out / JOURNAL).exists():
+        if whole and not parts and (not (out / JOURNAL).exists() or _is_only_to_be_cleaned(out, whole)):
             return whole
         formats = _formats_of(parts[0] if parts else out)
         with ExitStack() as stack:
@@ -43,7 +47,8 @@ def merge(out: Path, parts: Sequence[Path] = (), *, report: Report = silent) -> 
             for journal in opened:
                 if target.head and target.head["recipe"] != journal.head["recipe"]:
                     raise ShardError(f"{out} and {journal.out} hold parts of different conversions")
-                target.claim(journal.head)
+                if target.claim(journal.head):
+                    return _whole(out)
                 _take(journal, target, report)
             if not target.head:
                 raise ShardError(f"{out} holds no finished part of a conversion; see maestri shards convert --part")
@@ -58,6 +63,19 @@ def _whole(out: Path) -> dict[str, Manifest]:
     folders = [out, *(out / form for form in FORMATS)]
     found = [Manifest.read(folder) for folder in folders if (folder / FILE_NAME).is_file()]
     return {manifest.format: manifest for manifest in found}
+
+
+def _is_only_to_be_cleaned(out: Path, whole: dict[str, Manifest]) -> bool:
+    """Returns whether only the removal of the journal was interrupted, and removes it then."""
+    head = out / JOURNAL / HEAD
+    formats = _formats_of(out) if head.is_file() else tuple(form for form in FORMATS if form in whole)
+    if set(formats) != set(whole):
+        return False
+    with Journal(out, formats) as journal:
+        is_whole = journal.is_whole()
+        if is_whole:
+            journal.remove()
+    return is_whole
 
 
 def _formats_of(folder: Path) -> tuple[str, ...]:
@@ -90,6 +108,7 @@ def _require_one(journals: Sequence[Journal]) -> None:
                     f"{first.out} and {journal.out} hold parts of different conversions ({name} differs): the source "
                     "or a setting was not the same"
                 )
+        require_encoders(first.head, journal.head, f"{journal.out}, unlike {first.out},")
 
 
 def _take(part: Journal, target: Journal, report: Report) -> None:
@@ -108,8 +127,10 @@ def _take(part: Journal, target: Journal, report: Report) -> None:
         record = part.record(name)
         for entry in record["bad"]:
             _take_kept(part, target, entry)
+        written = {part.shard(form, name).relative_to(part.out): file for form, file in record["files"].items()}
         for path in part.files_of(name):
-            _bring(part.out / path, target.out / path, target.drafts)
+            if record["images"] or path.parts[0] == JOURNAL:  # a set has no shard without images
+                _bring(part.out / path, target.out / path, target.drafts, written.get(path))
         done = Progress(
             images=done.images + record["images"],
             bytes=done.bytes + sum(file["bytes"] for file in record["files"].values()),
@@ -120,21 +141,44 @@ def _take(part: Journal, target: Journal, report: Report) -> None:
 
 def _take_kept(part: Journal, target: Journal, entry: dict[str, Any]) -> None:
     """Brings the bytes of an image that was left out."""
+    if not isinstance(entry.get("kept"), str) or not _KEPT.fullmatch(entry["kept"]):
+        raise ShardError(f"{part.out} names a file outside its {QUARANTINE}: {str(entry.get('kept'))[:200]!a}")
     for form in target.formats:
         folder = target.folder(form) / QUARANTINE
         folder.mkdir(exist_ok=True)
         _bring(part.folder(form) / entry["kept"], target.folder(form) / entry["kept"], target.drafts)
 
 
-def _bring(source: Path, to: Path, drafts: Path) -> None:
-    """Makes a file appear whole, as a hard link or a copy."""
+def _bring(source: Path, to: Path, drafts: Path, written: dict[str, Any] | None = None) -> None:
+    """Makes a file appear whole, as a hard link or a copy.
+
+    Args:
+        source: the file.
+        to: where it is to appear.
+        drafts: folder for the unfinished copy.
+        written: ``bytes`` and ``xxh128`` of the file when it was written, where that is known.
+
+    Raises:
+        ShardError: it is a link to another file, or not what was written.
+    """
+    if source.is_symlink() or (source.parent.name == QUARANTINE and source.parent.is_symlink()):
+        raise ShardError(f"{source} is a symbolic link, and no file that a conversion wrote")
     draft = drafts / f"{to.name}.merge"
     draft.unlink(missing_ok=True)
+    is_copy = False
     try:
         os.link(source, draft)
     except OSError:  # another disk, or one without links
         shutil.copyfile(source, draft)
         sync(draft)
+        is_copy = True
+    if written is not None:
+        size = draft.stat().st_size
+        is_other = size != written["bytes"] or (is_copy and xxh128_of(draft) != written["xxh128"])
+        if is_other:
+            draft.unlink()
+            what = f"has {size:,} bytes, not {written['bytes']:,}" if size != written["bytes"] else "has other bytes"
+            raise ShardError(f"{source} {what} than were written; delete it, and convert that part again")
     draft.replace(to)
     draft.unlink(missing_ok=True)  # a link onto itself is no rename
     sync(to.parent)

@@ -42,6 +42,8 @@ class OldSet:
         self.notes: list[str] = []
         self.manifest, self.is_whole = _salvaged(folder)
         self.columns: index.Columns | None = None
+        self.is_half_repaired = False
+        """Whether the index is that of a repair which was interrupted before it wrote the manifest."""
         if self.manifest is None:
             self.notes.append("the manifest is lost: where the set came from and what was stored are unknown")
             self.fields: dict[str, Any] = {
@@ -75,7 +77,7 @@ class OldSet:
             layout = self.manifest.index["columns"]
             self.columns = index.open_columns(folder / index.FILE_NAME, layout, self.manifest.num_samples)
         except (ShardError, OSError):
-            self.columns = None
+            self._take_half_repaired()
 
     @property
     def is_adopted(self) -> bool:
@@ -107,6 +109,15 @@ class OldSet:
             row[0]: OldRow(crc32=row[1], orientation=row[2], stored=row[3], labels=self._labels_of(at))
             for at, *row in zip(rows, *table, strict=True)
         }
+
+    def _take_half_repaired(self) -> None:
+        """Takes an index that the manifest does not fit, if what is in it fits the shards that are there."""
+        there = [path for path in self.paths if path.is_file()]
+        columns = _columns_without_manifest(self.folder / index.FILE_NAME)
+        counts = [] if columns is None else np.bincount(columns.shard).tolist()
+        if counts and len(counts) == len(there):
+            self.columns, self.is_half_repaired = columns, True
+            self._counts = dict(zip((path.name for path in there), counts, strict=True))
 
     def _labels_of(self, row: int) -> tuple[int, ...]:
         columns = self.columns

@@ -4,10 +4,11 @@ import itertools
 import multiprocessing
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -34,6 +35,12 @@ class Progress:
     """Done."""
     bad: int = 0
     """Among the images."""
+    total_images: int = 0
+    """To do in all, where that is known."""
+    total_bytes: int = 0
+    """To do in all, where that is known."""
+    resumed_images: int = 0
+    """Of those done, found done at the start."""
 
 
 Report = Callable[[Progress], None]
@@ -63,29 +70,73 @@ def over_shards(
     if min(workers, len(tasks)) == 1:
         yield from _here(work, tasks, report)
         return
+    counters = Counters(worker_context(), len(tasks))
+    yield from in_processes(
+        _run, enumerate(tasks), workers=min(workers, len(tasks)), counters=counters, initializer=_start,
+        initargs=(counters, work), tell=lambda: report(_progress(counters)),
+    )  # fmt: skip
+
+
+def worker_context() -> ForkServerContext:
+    """Returns how worker processes are started: from a process that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["maestri.shards.worker", "maestri.shards.webdataset_writer"])
-    counters = Counters(context, len(tasks))
-    pool = ProcessPoolExecutor(
-        min(workers, len(tasks)), mp_context=context, initializer=_start, initargs=(counters, work)
-    )
-    waiting = iter(enumerate(tasks))
+    return context
+
+
+def in_processes(
+    function: Callable[..., _Result],
+    arguments: Iterable[tuple[Any, ...]],
+    *,
+    workers: int,
+    counters: Counters,
+    initializer: Callable[..., None],
+    initargs: tuple[Any, ...],
+    tell: Callable[[], None],
+    died_at: Callable[[], str] = str,
+) -> Iterator[_Result]:
+    """Yields a function's results in the order of its arguments; the first failure ends it all at once.
+
+    Args:
+        function: of a module.
+        arguments: for each call; two for each worker are made in advance.
+        workers: processes.
+        counters: what the workers look at to know whether to stop.
+        initializer: called in each new process, with ``initargs``.
+        initargs: for ``initializer``.
+        tell: called about five times a second, and at the end.
+        died_at: returns where workers were, as part of a sentence, when one has died.
+
+    Raises:
+        ShardError: the function raised it, or a process died.
+        OSError: the function raised it.
+    """
+    waiting = iter(arguments)
     futures: deque[Future[_Result]] = deque()
+    pool = ProcessPoolExecutor(workers, mp_context=worker_context(), initializer=initializer, initargs=initargs)
     try:
         while True:
-            futures.extend(pool.submit(_run, *one) for one in itertools.islice(waiting, 2 * workers - len(futures)))
+            busy = sum(not future.done() for future in futures)
+            free = min(2 * workers - busy, 8 * workers - len(futures))  # a slow one holds up neither work nor memory
+            futures.extend(pool.submit(function, *one) for one in itertools.islice(waiting, max(free, 0)))
             if not futures:
                 break
-            wait((futures[0],), timeout=POLL_SECONDS)
-            report(_progress(counters))
-            if futures[0].done():
+            unfinished = [future for future in futures if not future.done()]
+            if unfinished and not futures[0].done():
+                wait(unfinished, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
+            tell()
+            for future in futures:
+                if future.done():
+                    future.result()  # raises what it failed with
+            while futures and futures[0].done():
                 yield futures.popleft().result()
     except BrokenProcessPool:
-        raise ShardError("a worker process died, maybe for lack of memory; run the same command again") from None
+        died = f"a worker process died{died_at()} (out of memory?)"
+        raise ShardError(f"{died}; run the same command again") from None
     finally:
         counters.stop()
         pool.shutdown(cancel_futures=True)
-    report(_progress(counters))
+    tell()
 
 
 def _here(work: Callable[[_Task, Count], _Result], tasks: Sequence[_Task], report: Report) -> Iterator[_Result]:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import simplejpeg  # type: ignore[import-untyped]
@@ -13,6 +13,8 @@ from maestri.shards.jpeg import JpegHeader
 
 FULL_CHROMA_QUALITY = 95
 """From this JPEG quality on, chroma is not subsampled."""
+_BAND_PIXELS = 1 << 20
+"""Pixels that are worked on at a time where that takes many bytes for each."""
 _SHARPNESS = 4
 """A JPEG decoded smaller than stored has at least so many times the pixels a side that are wanted."""
 
@@ -30,23 +32,41 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise NoRange("floating-point pixels have no stated range")
     if image.mode.startswith("I"):
-        return _from_sixteen_bits(np.asarray(image, np.int64))
+        return _from_sixteen_bits(image)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        grey = image.mode in ("1", "L", "LA", "La")
-        return Image.alpha_composite(white, straight).convert("L" if grey else "RGB")
+        found = Image.new("L" if image.mode in ("1", "L", "LA", "La") else "RGB", image.size)
+        for top, band in _bands(image):
+            found.paste(_on_white(band).convert(found.mode), (0, top))
+        return found
     pixels = image.convert("L" if image.mode in ("1", "L") else "RGB")
     pixels.info.clear()
     return pixels
 
 
-def _from_sixteen_bits(values: NDArray[np.int64]) -> Image.Image:
+def _from_sixteen_bits(image: Image.Image) -> Image.Image:
     """Returns 0–65535 as 0–255, rounded."""
-    lowest, highest = int(values.min()), int(values.max())
+    lowest, highest = 65535, 0
+    found = np.empty((image.height, image.width), np.uint8)
+    for top, band in _bands(image):
+        values = np.asarray(band, np.int64)
+        lowest, highest = min(lowest, int(values.min())), max(highest, int(values.max()))
+        found[top : top + band.height] = (values * 255 + 32767) // 65535
     if lowest < 0 or highest > 65535:
         raise NoRange(f"32-bit pixels from {lowest} to {highest} have no stated range; expected 0 to 65535")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    return Image.fromarray(found)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), straight)
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yields an image's rows from top to bottom, a few at a time, each time with the number of the first."""
+    image.load()
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def shrunk_size(width: int, height: int, shorter: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from maestri.shards.classes import class_names_of
 from maestri.shards.errors import ShardError
-from maestri.shards.gather import labels_of, recipe_from, write_index, write_set
+from maestri.shards.gather import labels_of, locked, recipe_from, write_index, write_set
 from maestri.shards.journal import JOURNAL
 from maestri.shards.manifest import Manifest
 from maestri.shards.old_set import OldRow, OldSet
@@ -50,6 +50,13 @@ def repair(
     Raises:
         ShardError: images are damaged or missing and ``drop_damaged`` is not set; nothing was written then.
     """
+    if not folder.is_dir():
+        raise ShardError(f"there is no folder {folder}")
+    with locked(folder):
+        return _repair(folder, classes, drop_damaged, workers, report)
+
+
+def _repair(folder: Path, classes: Path | None, drop_damaged: bool, workers: int, report: Report) -> Repaired:
     if (folder / JOURNAL).exists():
         raise ShardError(f"{folder} holds an unfinished conversion; run the same command again, or merge its parts")
     old = OldSet(folder)
@@ -67,7 +74,8 @@ def repair(
         notes.append("class names are lost: classes are called 0, 1, … (--classes FILE names them)")
     kept = [shard for shard in found if len(shard)]
     labels = labels_of(kept, given)
-    quarantined = [*quarantined_in(folder), *problems]
+    quarantined = quarantined_in(folder)
+    quarantined += [entry for entry in problems if entry not in quarantined]  # a repair that was killed listed them
     if old.is_whole and not problems:
         kept, is_identical = _as_it_was(old, kept, labels)
         if not is_identical:
@@ -114,7 +122,7 @@ def _scanned(old: OldSet, workers: int, report: Report) -> tuple[list[Scanned], 
             if old.is_adopted:  # some images were no rows before
                 gone = sorted(set(known) - set(result.columns["offset"].tolist()))
                 problems += [_entry(result.path, "", f"the image at byte {at} is damaged") for at in gone]
-            wrong = dict(_wrong_rows(result, known))
+            wrong = dict(_wrong_rows(result, known, old.is_half_repaired))
             problems += [_entry(result.path, result.keys[row], reason) for row, reason in wrong.items()]
             result = _without(result, list(wrong))
             if expected:
@@ -132,12 +140,14 @@ def _try(task: ScanTask, count: Any) -> Scanned | dict[str, str]:
         return _entry(task.path, "", f"the shard cannot be read ({text}); {rescue}")
 
 
-def _wrong_rows(shard: Scanned, known: Mapping[int, OldRow]) -> Iterator[tuple[int, str]]:
-    """Yields rows of a changed shard that the old index has otherwise."""
+def _wrong_rows(shard: Scanned, known: Mapping[int, OldRow], is_half_repaired: bool) -> Iterator[tuple[int, str]]:
+    """Yields rows of a changed shard that the old index has otherwise, or an interrupted repair had left out."""
     columns = shard.columns
     for row, (offset, checksum) in enumerate(zip(columns["offset"].tolist(), columns["crc32"].tolist(), strict=True)):
         before = known.get(offset)
         if before is None:
+            if is_half_repaired:
+                yield row, "it was left out by a repair that was interrupted"
             continue
         if before.crc32 != checksum:
             yield row, "its CRC-32 is not the index's"
@@ -164,9 +174,9 @@ def _without(shard: Scanned, rows: Sequence[int]) -> Scanned:
 def _as_it_was(old: OldSet, kept: list[Scanned], labels: Any) -> tuple[list[Scanned], bool]:
     """Returns the shards with what a tar does not hold, from the old index if that gives the index that was lost."""
     assert old.manifest is not None
-    wanted = old.manifest.index.get("xxh128")
+    wanted = str(old.manifest.index.get("xxh128") or "none")
     for shards in ([_with_old_facts(shard, old) for shard in kept], kept):
-        if write_index(old.folder, shards, labels)["xxh128"] == wanted:
+        if write_index(old.folder, shards, labels, wanted=wanted)["xxh128"] == wanted:
             return shards, True
     return [_with_old_facts(shard, old) for shard in kept], False
 

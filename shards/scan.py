@@ -15,7 +15,7 @@ from maestri.shards.beton_fields import image_field, label_field, read_labels
 from maestri.shards.beton_format import Beton
 from maestri.shards.beton_rows import our_block
 from maestri.shards.errors import ShardError
-from maestri.shards.images import BadImage, StoredImage, store
+from maestri.shards.images import BadImage, StoredImage, require_size, store
 from maestri.shards.jpeg import read_header
 from maestri.shards.parallel import Count
 from maestri.shards.rows import Rows, Sample
@@ -140,11 +140,29 @@ class _Taken:
         self.bad: list[dict[str, str]] = []
         self._task, self._count = task, count
 
-    def add(self, data: bytes, *, key: str, name: str, offset: int, label: Any, problem: str = "") -> None:
-        """Takes an image, or says why not."""
+    def add(
+        self, handle: int, *, size: int, offset: int, key: str, name: str, label: Any, problem: str = "",
+        checksum: int | None = None,
+    ) -> None:  # fmt: skip
+        """Takes the image at a place in the open shard, or says why not.
+
+        Args:
+            handle: of the shard.
+            size: of the image, bytes.
+            offset: where it starts.
+            key: of the sample.
+            name: of the image in the shard.
+            label: of the sample.
+            problem: why it cannot be taken, where that is known before it is read.
+            checksum: CRC-32 that its bytes should have.
+        """
         try:
             if problem:
                 raise BadImage(problem)
+            require_size(size)
+            data = os.pread(handle, size, offset)
+            if checksum is not None and crc32(data) != checksum:
+                raise BadImage("its CRC-32 is wrong")
             image = usable(data, check=self._task.check, png=self._task.is_ours)
         except BadImage as error:
             source = f"{self._task.path.name}:{name}"
@@ -170,10 +188,9 @@ def _scan_tar(task: ScanTask, size: int, checksum: str, count: Count) -> Scanned
                 num_ignored += 1
                 continue
             _, offset, length, name = image
-            data = os.pread(handle, length, offset)
             label = label_of(task.path, handle, group, task.label)
             key = group.stem if task.is_ours else key_of(group.stem)
-            taken.add(data, key=key, name=name, offset=offset, label=label)
+            taken.add(handle, size=length, offset=offset, key=key, name=name, label=label)
     finally:
         os.close(handle)
     return _scanned(task, size, checksum, taken, dali_index=dali_index_of(groups), num_ignored=num_ignored)
@@ -202,12 +219,14 @@ def _scan_beton(task: ScanTask, size: int, checksum: str, count: Count) -> Scann
         for row in range(beton.num_samples):
             offset = int(images.offsets[row])
             problem = "raw pixels; `maestri shards convert` makes a JPEG of them" if images.is_raw[row] else ""
-            data = b"" if problem else os.pread(handle, int(images.sizes[row]), offset)
             label: Any = int(found.first[row])
             if found.ends is not None and found.values is not None:
                 label = found.values[int(found.ends[row - 1]) if row else 0 : int(found.ends[row])].tolist()
             key = f"{task.path.stem}/{row:0{width}d}" if not task.is_ours else f"{row:0{width}d}"
-            taken.add(data, key=key_of(key), name=f"[{row}]", offset=offset, label=label, problem=problem)
+            taken.add(
+                handle, size=int(images.sizes[row]), offset=offset, key=key_of(key), name=f"[{row}]", label=label,
+                problem=problem,
+            )  # fmt: skip
     finally:
         os.close(handle)
     names = tuple(str(label) for label in range(found.num_classes))
@@ -225,13 +244,14 @@ def _scan_our_beton(task: ScanTask, size: int, checksum: str, count: Count, bloc
     try:
         for row, key in enumerate(keys):
             offset = int(columns["offset"][row])
-            data = os.pread(handle, int(columns["bytes"][row]), offset)
             label: Any = int(columns["label"][row])
             if block.num_classes:
                 label = columns["label_values"][ends[row - 1] if row else 0 : ends[row]].tolist()
-            problem = "" if crc32(data) == int(columns["crc32"][row]) else "its CRC-32 is wrong"
             before = len(taken.labels)
-            taken.add(data, key=key, name=f"[{row}]", offset=offset, label=label, problem=problem)
+            taken.add(
+                handle, size=int(columns["bytes"][row]), offset=offset, key=key, name=f"[{row}]", label=label,
+                checksum=int(columns["crc32"][row]),
+            )  # fmt: skip
             good += [row] * (len(taken.labels) - before)
     finally:
         os.close(handle)

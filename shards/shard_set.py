@@ -83,20 +83,39 @@ class ShardSet:
         return self.columns.label[rows].astype(np.int64)
 
     def multi_hot(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Returns whether each image has each label, ``row class``."""
+        """Returns whether each image has each label, ``row class``.
+
+        Raises:
+            ShardCorrupt: a label is none of the classes.
+        """
         found = np.zeros((len(rows), len(self.manifest.class_names)), np.bool_)
         for at, row in enumerate(rows.tolist()):
             found[at, list(self.labels_of(row))] = True
         return found
 
     def labels_of(self, row: int) -> tuple[int, ...]:
-        """Returns all labels of a sample."""
-        columns = self.columns
+        """Returns all labels of a sample.
+
+        Raises:
+            ShardCorrupt: one is none of the classes.
+        """
+        columns, num_classes = self.columns, len(self.manifest.class_names)
         if columns.label_end is None or columns.label_values is None:
             label = int(columns.label[row])
+            if not -1 <= label < num_classes:
+                raise self._wrong_label(row, label)
             return (label,) if label >= 0 else ()
         start = int(columns.label_end[row - 1]) if row else 0
-        return tuple(columns.label_values[start : int(columns.label_end[row])].tolist())
+        labels: tuple[int, ...] = tuple(columns.label_values[start : int(columns.label_end[row])].tolist())
+        for label in labels:
+            if not 0 <= label < num_classes:
+                raise self._wrong_label(row, label)
+        return labels
+
+    def _wrong_label(self, row: int, label: int) -> ShardCorrupt:
+        at = self.manifest.index["columns"]["label"]["offset"] + self.columns.label.itemsize * int(row)
+        reason = f"label {label} of {self._shown(row)} is none of {len(self.manifest.class_names)} classes"
+        return ShardCorrupt(self.folder / FILE_NAME, at, reason)
 
     def key(self, row: int) -> str:
         """Returns a sample's key."""

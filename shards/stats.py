@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maestri.shards.images import FIXED, FORMATS, KEPT, LOSSLESS, MENDED, RESIZED, TRANSCODED
+from maestri.shards.index import wrong_label
 from maestri.shards.plan import shuffled
-from maestri.shards.shard_set import ShardSet
+from maestri.shards.shard_set import ShardError, ShardSet
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 NUM_EXTREMES = 5
@@ -32,8 +33,15 @@ def stats(shard_set: ShardSet, *, num_pixels: int = 0, seed: int = 0, workers: i
         num_pixels: images to decode for mean and deviation; 0 for none.
         seed: which images those are.
         workers: threads that decode.
+
+    Raises:
+        ShardError: the set has no images, or a label that is none of its classes.
     """
     columns = shard_set.columns
+    if not len(shard_set):
+        raise ShardError(f"{shard_set.folder} has no images")
+    if problem := wrong_label(columns, len(shard_set.manifest.class_names)):
+        raise ShardError(f"{shard_set.folder}: row {problem[0]} of the index: {problem[1]}")
     width, height = columns.width.astype(np.float64), columns.height.astype(np.float64)
     found: dict[str, Any] = {
         "images": len(shard_set),

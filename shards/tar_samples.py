@@ -1,21 +1,17 @@
 """Samples of a WebDataset tar, whoever made it: members that share a name up to the first dot."""
 
-import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maestri.shards.errors import ShardCorrupt
 from maestri.shards.keys import escaped
 from maestri.shards.sources.image_folder import IMAGE_SUFFIXES
 from maestri.shards.sources.tar_index import tar_members
+from maestri.shards.sources.tar_labels import label_among
 from maestri.shards.tar_shard import DALI_INDEX_VERSION
 
-MAX_LABEL_BYTES = 1 << 24
-"""Of a member with a label; a larger one is taken for something else."""
 _FIRST = ("jpg", "jpeg")
 Part = tuple[str, int, int, str]
 """Extension, where the content starts in the tar, its size, the member's whole name."""
@@ -38,8 +34,8 @@ class Group:
         return min(found, key=lambda part: part[0].lower() not in _FIRST, default=None)
 
     def part(self, extension: str) -> Part | None:
-        """Returns the member with an extension."""
-        return next((part for part in self.parts if part[0] == extension), None)
+        """Returns the member with an extension, in whatever case."""
+        return next((part for part in self.parts if part[0].lower() == extension.lower()), None)
 
 
 def groups_of(path: Path) -> list[Group]:
@@ -75,27 +71,19 @@ def label_of(path: Path, handle: int, group: Group, name: str = "") -> Any:
         path: of the tar.
         handle: of the tar, open.
         group: the sample.
-        name: extension of the member or key of the ``.json`` member that holds it; by default ``.cls``, else
-            ``labels`` or ``label`` of ``.json``.
+        name: of the label's member or JSON key, as ``label_among`` takes it.
 
     Raises:
         ShardError: the member holds something else.
     """
-    part = group.part(name or "cls")
-    if part is not None and part[0] != "json":
-        text = _content(path, handle, part).strip()
-        return int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text or None
-    part = group.part("json")
-    if part is None:
-        return None
-    try:
-        found = json.loads(_content(path, handle, part))
-    except (ValueError, RecursionError) as error:
-        raise ShardCorrupt(path, part[1], f"{part[3]} is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        return found
-    names = (name,) if name and name != "json" else ("labels", "label")
-    return next((found[one] for one in names if found.get(one) is not None), None)
+    sizes = {extension.lower(): (offset, size) for extension, offset, size, _ in reversed(group.parts)}
+
+    def read(extension: str) -> bytes:
+        offset, size = sizes[extension]
+        return os.pread(handle, size, offset)
+
+    where = f"{path.name}:{group.stem}"
+    return label_among({extension: size for extension, (_, size) in sizes.items()}, read, name, where)[0]
 
 
 def dali_index_of(groups: Iterable[Group]) -> str | None:
@@ -107,16 +95,6 @@ def dali_index_of(groups: Iterable[Group]) -> str | None:
                 return None
         lines.append(" ".join(f"{extension} {at} {size} {name}" for extension, at, size, name in group.parts))
     return "\n".join([f"{DALI_INDEX_VERSION} {len(lines)}", *lines]) + "\n"
-
-
-def _content(path: Path, handle: int, part: Part) -> str:
-    _, offset, size, name = part
-    if size > MAX_LABEL_BYTES:
-        raise ShardCorrupt(path, offset, f"{name} has {size} bytes; a label has up to {MAX_LABEL_BYTES}")
-    try:
-        return os.pread(handle, size, offset).decode()
-    except UnicodeDecodeError:
-        raise ShardCorrupt(path, offset, f"{name} should hold a label and is no text") from None
 
 
 def _is_utf8(name: str) -> bool:

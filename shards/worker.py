@@ -18,7 +18,7 @@ from PIL import Image
 from maestri.shards.beton_shard import BetonShard
 from maestri.shards.errors import ShardError
 from maestri.shards.files import sync, write_atomically
-from maestri.shards.images import KEPT, MAX_PIXELS, BadImage, StoredImage, store
+from maestri.shards.images import MAX_PIXELS, BadImage, StoredImage, store
 from maestri.shards.journal import QUARANTINE, Journal
 from maestri.shards.listing import Listing
 from maestri.shards.rows import Sample
@@ -66,6 +66,7 @@ class Counters:
     def __init__(self, context: BaseContext, num_tasks: int) -> None:
         """All zero."""
         self._counts = context.RawArray("q", 3 * num_tasks)
+        self._at = context.RawArray("q", num_tasks)
         self._stop = context.RawValue("b", 0)
 
     def add(self, task: int, *, images: int, size: int, bad: int) -> None:
@@ -77,6 +78,15 @@ class Counters:
         """Returns images, bytes and bad images of all tasks."""
         counts = np.frombuffer(self._counts, np.int64).reshape(-1, 3).sum(0)
         return int(counts[0]), int(counts[1]), int(counts[2])
+
+    def enter(self, task: int, sample: int) -> None:
+        """Says at which of its samples a task is; -1 for none."""
+        self._at[task] = sample + 1
+
+    def entered(self) -> list[tuple[int, int]]:
+        """Returns tasks that are at a sample, and at which: after a worker's death, one of them was its end."""
+        at = np.frombuffer(self._at, np.int64)
+        return [(task, int(at[task]) - 1) for task in np.flatnonzero(at).tolist()]
 
     def stop(self) -> None:
         """Asks all workers to stop."""
@@ -126,7 +136,7 @@ def run(task: Task) -> str:
 
     Raises:
         Stopped: the conversion is to stop.
-        ShardError: an image is bad and none may be.
+        ShardError: an image is bad and none may be, or too large for the memory.
         OSError: the source or the disk failed; nothing half-written is left.
     """
     journal: Journal = _state["journal"]
@@ -143,7 +153,8 @@ def run(task: Task) -> str:
                     shard.add(sample)
         tar = shards.get("tar")
         if isinstance(tar, TarShard):
-            write_atomically(journal.shard("tar", task.name).with_suffix(".idx"), tar.dali_index.encode())
+            idx = journal.shard("tar", task.name).with_suffix(".idx")
+            write_atomically(idx, tar.dali_index.encode(), drafts=journal.drafts)
         columns = next(iter(shards.values())).rows.columns()
         for form, shard in shards.items():
             columns[f"offset_{form}"] = shard.rows.columns()["offset"]
@@ -183,12 +194,15 @@ def _samples(task: Task, bad: list[dict[str, str]]) -> Iterator[Sample]:
         if counters.is_stopped:
             raise Stopped
         found: Any = b""
+        counters.enter(task.number, at)
         try:
             found = source.load(name, samples.places[at])
             image = _stored(found, storing)
-            if facts is not None and image.stored == KEPT:
+            if facts is not None and isinstance(found, bytes) and image.data == found:
                 kind, orientation = facts(samples.places[at])
                 image = replace(image, stored=kind, orientation=orientation)
+        except MemoryError:
+            raise ShardError(f"{name}: not enough memory to check and store it; fewer --workers need less") from None
         except BadImage as error:
             if storing.bad == "fail":
                 raise ShardError(f"{name}: {error} (--bad quarantine leaves such images out)") from None
@@ -198,6 +212,7 @@ def _samples(task: Task, bad: list[dict[str, str]]) -> Iterator[Sample]:
         else:
             yield Sample(key=key, label=int(samples.labels[at]), labels=samples.labels_of(at), image=image)
             counters.add(task.number, images=1, size=int(samples.sizes[at]), bad=0)
+    counters.enter(task.number, -1)
 
 
 def _stored(found: Any, storing: Storing) -> StoredImage:
@@ -218,5 +233,5 @@ def _keep_aside(position: int, data: bytes) -> str:
     for form in journal.formats:
         target = journal.folder(form) / path
         target.parent.mkdir(exist_ok=True)
-        write_atomically(target, data)
+        write_atomically(target, data, drafts=journal.drafts)
     return path.as_posix()

@@ -3,7 +3,8 @@
     python tools/prove_shards.py [--kills 20] [--mutations 10000] [--seed 0]
 
 Kills: a conversion into both formats, with images among them that cannot be read, is killed (SIGKILL, the whole group)
-at random moments and run again, over and over; in the end every byte must be that of an undisturbed one.  Mutations: so
+at random moments and run again, over and over; in the end every byte must be that of an undisturbed one.  The same for
+one in two parts, killed and run again in turn, and then merged, which is killed, too.  Mutations: so
 many damaged JPEGs, tars, betons, and manifests and indexes; each must be refused in one line or taken for what it is.
 The suite runs short forms of all of this.  Exit code 1 if anything went wrong.
 """
@@ -27,7 +28,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests" / "shards"
-CONVERT = (str(Path(sys.executable).with_name("maestri")), "shards", "convert")
+SHARDS = (str(Path(sys.executable).with_name("maestri")), "shards")
+CONVERT = (*SHARDS, "convert")
+PARTS = ("1/2", "2/2")
 NUM_IMAGES = 400
 PATIENCE = 120.0
 
@@ -57,10 +60,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def start(source: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
+def start(source: Path, out: Path, workers: int, *more: str) -> subprocess.Popen[bytes]:
     """Starts a conversion in a session of its own."""
-    command = [*CONVERT, str(source), str(out), "--format", "both", "--workers", str(workers), "--shard-samples", "16"]
+    settings = ("--format", "both", "--workers", str(workers), "--shard-samples", "16", *more)
+    return started(*CONVERT, str(source), str(out), *settings)
+
+
+def started(*command: str) -> subprocess.Popen[bytes]:
+    """Starts a command in a session of its own."""
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def ended(process: subprocess.Popen[bytes], patience: float) -> int | None:
+    """Returns a process's exit code, None if it took too long and was killed, with all that it had started."""
+    try:
+        return process.wait(patience)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
 
 
 def kills(folder: Path, count: int, dice: random.Random) -> Iterable[str]:
@@ -77,16 +95,12 @@ def kills(folder: Path, count: int, dice: random.Random) -> Iterable[str]:
     out = folder / "killed"
     while done < count:
         rounds += 1
-        process = start(source, out, 2)
-        try:
-            process.wait(dice.uniform(0.05, 1.0) * whole / 2)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        code = ended(start(source, out, 2), dice.uniform(0.05, 1.0) * whole / 2)
+        if code is None:
             done += 1
             continue
-        if process.returncode:
-            yield f"run {rounds} ended with {process.returncode} after {done} kills"
+        if code:
+            yield f"run {rounds} ended with {code} after {done} kills"
             return
         if contents(out) != expected:
             yield f"run {rounds}, after {done} kills: bytes differ from the undisturbed conversion"
@@ -95,6 +109,47 @@ def kills(folder: Path, count: int, dice: random.Random) -> Iterable[str]:
     if start(source, out, 2).wait(PATIENCE) or contents(out) != expected:
         yield f"the last run, after {done} kills: it failed, or bytes differ from the undisturbed conversion"
     print(f"  {done} kills in {rounds} runs; one undisturbed run takes {whole:.1f} s")
+
+
+def kills_in_parts(folder: Path, count: int, dice: random.Random) -> Iterable[str]:
+    """Yields what is wrong after so many kills of parts in turn, and of merging them; ``kills`` comes before."""
+    source, out = folder / "source", folder / "parts"
+    expected = contents(folder / "undisturbed")
+    began = time.monotonic()
+    for part in PARTS:
+        if start(source, folder / "undisturbed parts", 1, "--part", part).wait(PATIENCE):
+            yield f"the undisturbed part {part} failed"
+            return
+    whole = time.monotonic() - began
+    merging = (*SHARDS, "merge", str(out))
+    began = time.monotonic()
+    if started(*SHARDS, "merge", str(folder / "undisturbed parts")).wait(PATIENCE):
+        yield "the undisturbed merging failed"
+        return
+    merge_seconds = time.monotonic() - began
+    done = {"convert": 0, "merge": 0}
+    while sum(done.values()) < count:
+        waiting = list(PARTS)
+        while waiting:  # each part for a while, in turn
+            part = waiting.pop(0)
+            code = ended(start(source, out, 1, "--part", part), dice.uniform(0.3, 1.2) * whole / len(PARTS))
+            if code is None:
+                done["convert"] += 1
+                waiting.append(part)
+            elif code:
+                yield f"part {part} ended with {code} after {done} kills"
+                return
+        for _ in range(3):
+            code = ended(started(*merging), dice.uniform(0.5, 1.1) * merge_seconds)
+            done["merge"] += code is None
+            if code:
+                yield f"merging ended with {code} after {done} kills"
+                return
+        if started(*merging).wait(PATIENCE) or contents(out) != expected:
+            yield f"merging failed after {done} kills, or bytes differ from the undisturbed conversion"
+            return
+        shutil.rmtree(out)
+    print(f"  {done['convert']} kills of parts and {done['merge']} of merging, which takes {merge_seconds:.1f} s")
 
 
 def mutated_tars(count: int) -> Iterable[str]:
@@ -130,6 +185,7 @@ def main() -> int:
         folder = Path(name)
         proofs: dict[str, Callable[[], Iterable[str]]] = {
             f"{options.kills} kills": lambda: kills(folder, options.kills, random.Random(seed)),
+            f"{options.kills} kills of parts": lambda: kills_in_parts(folder, options.kills, random.Random(seed)),
             f"{count} damaged JPEGs": lambda: load("jpeg_mutations").problems(count, seed),
             f"{count} damaged betons": lambda: load("beton_mutations").problems(folder, count, seed),
             f"{count} damaged manifests and indexes": lambda: mutated_sets(folder, count, seed),

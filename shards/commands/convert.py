@@ -14,6 +14,7 @@ from maestri.shards.convert import ConvertConfig
 from maestri.shards.errors import ShardError
 from maestri.shards.finish import QUARANTINE_LIST
 from maestri.shards.manifest import Manifest
+from maestri.shards.parallel import Progress
 from maestri.shards.sources import Source
 
 
@@ -100,7 +101,7 @@ def _convert_one(
     what = f"converting {config.split}".rstrip()
     with progress_bar(Console(stderr=True), what) as update:
 
-        def report(at: conversion.Progress) -> None:
+        def report(at: Progress) -> None:
             update(
                 completed=at.images, total=at.total_images, images=at.images, total_images=at.total_images,
                 bytes=at.bytes, bad=at.bad, resumed=at.resumed_images,

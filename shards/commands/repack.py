@@ -48,6 +48,8 @@ def repack(
 ) -> int:
     """Pack a set into other shards: another format, size or order, with the stored images byte for byte.
 
+    The one exception: FFCV reads no PNG, so the PNGs of a --lossless set become JPEGs of quality 100 in a .beton.
+
     Keys, labels, class names, orientations and what was done to each image are kept; rows keep their order unless a
     --seed is given.  SET is only read, and may be one that `maestri shards index` made.  Images whose bytes are no
     longer those that were stored are left out and listed in OUT/quarantine.jsonl: this is also how to save what is

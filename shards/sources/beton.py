@@ -11,7 +11,7 @@ from maestri.shards.beton_format import Beton
 from maestri.shards.beton_rows import labels_of, our_block
 from maestri.shards.errors import ShardError
 from maestri.shards.handles import Handles
-from maestri.shards.images import BadImage
+from maestri.shards.images import BadImage, require_size
 from maestri.shards.listing import Listing, Strings
 
 
@@ -75,8 +75,14 @@ class BetonSource:
         )
 
     def load(self, name: str, place: NDArray[np.int64]) -> bytes | NDArray[np.uint8]:
-        """Returns a JPEG, or the pixels ``height width 3`` where the row holds those."""
+        """Returns a JPEG, or the pixels ``height width 3`` where the row holds those.
+
+        Raises:
+            BadImage: it is too large to be an image, or cut short.
+            OSError: the file cannot be read.
+        """
         offset, size, shape = place.tolist()
+        require_size(size)
         if self._handles is None:
             self._handles = Handles([self.path])
         data = self._handles.pread(0, size, offset)

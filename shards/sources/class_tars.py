@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from numpy.typing import NDArray
 
 from maestri.shards.errors import ShardError
 from maestri.shards.keys import unique_keys
@@ -209,13 +210,16 @@ def warn_of(ignored: Counter[str], path: Path) -> None:
 
 
 def listing_of(
-    files: Sequence[str], names: Iterable[str], places: Sequence[Sequence[int]], columns: LabelColumns
+    files: Sequence[str] | Strings,
+    names: Iterable[str] | Strings,
+    places: Sequence[Sequence[int]] | NDArray[np.int64],
+    columns: LabelColumns,
 ) -> Listing:
     """Returns the listing of images in tars: paths with extension, what users call them, and tar, offset and size."""
     table = np.array(places, np.int64).reshape(-1, 3)
     return Listing(
         keys=Strings.of(unique_keys(files)),
-        names=Strings.of(names),
+        names=names if isinstance(names, Strings) else Strings.of(names),
         places=table,
         sizes=table[:, 2].copy(),
         labels=columns.labels,

@@ -4,10 +4,12 @@ import gzip
 import hashlib
 import logging
 import math
+import os
 import re
 import struct
 import zlib
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +18,15 @@ from maestri.shards.errors import ShardError
 from maestri.shards.listing import Listing, Strings
 
 _UINT8 = 0x08
+_CHUNK = 1 << 24
 _IMAGES = re.compile(r"(?P<split>.*?)[-_.]?images[-_.]idx3([-_.]ubyte)?(\.gz)?$")
 _SPLIT_ALIASES = {"test": "t10k"}
 
 _logger = logging.getLogger(__name__)
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
 
 
 class IdxSource:
@@ -76,10 +83,7 @@ class IdxSource:
         if path is None or path == self.path:
             _logger.warning("no file %s beside %s: the set has no labels", stem, self.path)
             return np.full(count, -1, np.int32)
-        labels = read_idx(path, dimensions=1)
-        if len(labels) != count:
-            raise ShardError(f"{path} has {len(labels)} labels for the {count} images of {self.path}")
-        return labels.astype(np.int32)
+        return read_idx(path, dimensions=1, labels_of=(self.path, count)).astype(np.int32)
 
 
 def is_idx(path: Path) -> bool:
@@ -122,24 +126,47 @@ def idx_images_in(folder: Path, split: str) -> Path | None:
     return found[wanted]
 
 
-def read_idx(path: Path, *, dimensions: int) -> NDArray[np.uint8]:
-    """Returns the array in an idx file of unsigned bytes.
+def read_idx(path: Path, *, dimensions: int, labels_of: tuple[Path, int] | None = None) -> NDArray[np.uint8]:
+    """Returns the array in an idx file of unsigned bytes: memory-mapped, or unpacked where it is gzipped.
+
+    Args:
+        path: of the file.
+        dimensions: of the array.
+        labels_of: the file of images whose labels these are, and how many it holds.
 
     Raises:
-        ShardError: it is missing, damaged, or of another type or number of dimensions.
+        ShardError: it is missing, damaged, or of another type, number of dimensions or labels.
     """
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        with path.open("rb") as file:
+            is_packed = file.read(2) == b"\x1f\x8b"
+            size = os.fstat(file.fileno()).st_size
+        with gzip.open(path) if is_packed else path.open("rb") as opened:
+            head = opened.read(4 + 4 * dimensions)
+            if len(head) < 4 + 4 * dimensions or head[:4] != bytes((0, 0, _UINT8, dimensions)):
+                raise ShardError(
+                    f"{path} is not an idx file of unsigned bytes in {dimensions} dimensions: {head[:4].hex(' ')}"
+                )
+            shape = struct.unpack_from(f">{dimensions}I", head, 4)
+            if labels_of is not None and shape[0] != labels_of[1]:
+                raise ShardError(f"{path} has {shape[0]} labels for the {labels_of[1]} images of {labels_of[0]}")
+            expected = math.prod(shape)
+            content = _read_up_to(opened, expected + 1) if is_packed else b""  # one more tells that there is more
     except (OSError, EOFError, zlib.error) as error:
         raise ShardError(f"{path} cannot be read: {error}") from None
-    head = 4 + 4 * dimensions
-    if len(data) < head or data[:4] != bytes((0, 0, _UINT8, dimensions)):
-        raise ShardError(f"{path} is not an idx file of unsigned bytes in {dimensions} dimensions: {data[:4].hex(' ')}")
-    shape = struct.unpack_from(f">{dimensions}I", data, 4)
-    expected = head + math.prod(shape)
-    if len(data) != expected:
-        raise ShardError(f"{path} has {len(data)} bytes; its head says {expected}")
-    pixels: NDArray[np.uint8] = np.frombuffer(data, np.uint8, offset=head).reshape(shape)
-    return pixels
+    found = len(head) + len(content) if is_packed else size
+    if found != len(head) + expected:
+        more = "more than " if is_packed and found > len(head) + expected else ""
+        count = found - bool(more)
+        raise ShardError(f"{path} has {more}{count} bytes; its head says {len(head) + expected}")
+    if is_packed or not expected:
+        return np.frombuffer(content, np.uint8).reshape(shape)
+    return np.memmap(path, np.uint8, "r", offset=len(head), shape=shape)
+
+
+def _read_up_to(file: _Readable, size: int) -> bytes:
+    """Returns the first bytes; never has more in memory than there are, whatever ``size`` says."""
+    content = bytearray()
+    while len(content) < size and (part := file.read(min(size - len(content), _CHUNK))):
+        content += part
+    return bytes(content)

@@ -2,15 +2,17 @@
 
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maestri.shards.errors import ShardError
+from maestri.shards.images import BadImage, require_size
 from maestri.shards.keys import unique_keys
 from maestri.shards.listing import Listing, Strings
 from maestri.shards.sources.label_file import label_columns
@@ -55,11 +57,13 @@ class FolderSource:
         if not found:
             raise ShardError(f"no images in {self.path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
         files = [name for name, _ in found]
+        sizes = np.fromiter((size for _, size in found), np.int64, len(found))
+        del found
         columns = Listing(
             keys=Strings.of(unique_keys(files)),
             names=Strings.of(files),
             places=np.zeros((len(files), 3), np.int64),
-            sizes=np.array([size for _, size in found], np.int64),
+            sizes=sizes,
             labels=np.full(len(files), -1, np.int32),
             class_names=(),
         )
@@ -72,31 +76,36 @@ class FolderSource:
                 label_values=labels.label_values,
                 class_names=labels.class_names,
             )
-        tops = [PurePosixPath(name).parts[0] if "/" in name else "" for name in files]
-        class_names = self._class_names(files, tops)
+        class_names = self._class_names(files)
         number = {name: label for label, name in enumerate(class_names)}
-        return replace(
-            columns, labels=np.array([number.get(top, -1) for top in tops], np.int32), class_names=class_names
-        )
+        tops = np.fromiter((number.get(_top(name), -1) for name in files), np.int32, len(files))
+        return replace(columns, labels=tops, class_names=class_names)
 
     def load(self, name: str, place: NDArray[np.int64]) -> bytes:
         """Returns the bytes of the file with this path below the folder.
 
         Raises:
+            BadImage: it is too large to be an image, or no regular file any more.
             OSError: it cannot be read; the error names it.
         """
         path = self.path / name
         try:
-            return path.read_bytes()
+            with open(path, "rb", opener=_open_at_once) as file:  # noqa: PTH123  # Path.open takes no opener
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise BadImage("no regular file")
+                require_size(status.st_size)
+                return file.read()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None  # a failed read names no file
 
-    def _class_names(self, files: list[str], tops: list[str]) -> tuple[str, ...]:
-        used = set(tops) - {""}
+    def _class_names(self, files: list[str]) -> tuple[str, ...]:
+        tops = {_top(name) for name in files}
+        used = tops - {""}
         if not used:
             return ()
         if "" in tops:
-            stray = files[tops.index("")]
+            stray = next(name for name in files if not _top(name))
             raise ShardError(
                 f"{self.path} has images beside class folders, the first is {stray}; move it into a class or away"
             )
@@ -117,10 +126,12 @@ class FolderSource:
         try:
             for path in _files_below(str(self.path), ()):
                 suffix = Path(path.name).suffix.lower()
-                if suffix in IMAGE_SUFFIXES:
-                    found.append((os.path.relpath(path.path, self.path), path.stat().st_size))
-                else:
+                if suffix not in IMAGE_SUFFIXES:
                     ignored[suffix or path.name] += 1
+                elif stat.S_ISREG((status := path.stat()).st_mode):  # which fails for a link that leads nowhere
+                    found.append((os.path.relpath(path.path, self.path), status.st_size))
+                else:
+                    ignored["pipes and devices"] += 1  # reading one would never end
         except OSError as error:
             raise ShardError(f"cannot read the source: {error.strerror}: {error.filename}") from None
         if found and ignored:
@@ -128,6 +139,16 @@ class FolderSource:
             _logger.warning("%d files of %s are no images and left out: %s", ignored.total(), self.path, kinds)
         found.sort()
         return found
+
+
+def _top(name: str) -> str:
+    """Returns the first folder of a path, empty for a file without one."""
+    return name.partition("/")[0] if "/" in name else ""
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file; of a pipe that stands there now, it does not wait for the other end."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _files_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[os.DirEntry[str]]:

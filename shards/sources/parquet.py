@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from maestri.shards.errors import ShardError
 from maestri.shards.files import sync, write_atomically
 from maestri.shards.handles import Handles
-from maestri.shards.images import BadImage
+from maestri.shards.images import BadImage, require_size
 from maestri.shards.keys import escaped
 from maestri.shards.listing import Listing, Strings
 from maestri.shards.sources.file_patterns import files_at, short_names
@@ -94,6 +94,15 @@ class ParquetSource:
             with _Parquet(file, self._image_column, self._label_column) as parquet:
                 _stage(parquet, spool)
 
+    def bytes_to_stage(self, folder: Path) -> int:
+        """Returns about how many bytes ``stage`` will write into a folder: images hardly get smaller in parquet."""
+        spools = (folder / f"{number:05d}.images" for number in range(len(self.files)))
+        return sum(
+            file.stat().st_size
+            for file, spool in zip(self.files, spools, strict=True)
+            if not _places_of(spool).exists()
+        )
+
     def listing(self) -> Listing:
         """Returns the listing: rows in the files' order; labels are read from the parquet files.
 
@@ -152,6 +161,7 @@ class ParquetSource:
         number, offset, size = place.tolist()
         if size == NO_IMAGE:
             raise BadImage("the row holds no image bytes; it may name a file that is not in the data set")
+        require_size(size)
         if self._handles is None:
             self._handles = Handles(self._spools)
         path = str(self._spools[number])

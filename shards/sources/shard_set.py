@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maestri.shards.errors import ShardCorrupt
-from maestri.shards.images import BadImage
+from maestri.shards.errors import ShardCorrupt, ShardError
+from maestri.shards.images import BadImage, require_size
+from maestri.shards.index import FILE_NAME, wrong_row
 from maestri.shards.keys import escaped
 from maestri.shards.listing import Listing, Strings
 from maestri.shards.shard_set import ShardSet
@@ -31,10 +32,13 @@ class ShardSetSource:
         """Returns the listing: rows in the set's order, with its keys, labels and class names.
 
         Raises:
-            ShardError: the set is damaged.
+            ShardError: the set is damaged: keys or labels of a row cannot be.
         """
         opened = self._opened()
         columns, manifest = opened.columns, opened.manifest
+        if problem := wrong_row(columns, len(manifest.class_names)):
+            hint = f"`maestri shards verify {self.path} --repair` makes the index anew"
+            raise ShardError(f"{self.path / FILE_NAME} is damaged: row {problem[0]}: {problem[1]}; {hint}")
         rows = np.arange(len(opened), dtype=np.int64)
         several = columns.label_end is not None and columns.label_values is not None
         return Listing(
@@ -53,11 +57,13 @@ class ShardSetSource:
         """Returns the stored bytes of a row.
 
         Raises:
-            BadImage: they are not those that were stored.
+            BadImage: they are not those that were stored, or too many.
             OSError: the storage failed.
         """
+        opened = self._opened()
+        require_size(int(opened.columns.bytes[place[0]]))
         try:
-            return self._opened().read_checked(place[:1])[0]
+            return opened.read_checked(place[:1])[0]
         except ShardCorrupt as error:
             raise BadImage(f"{error.path.name}, byte {error.offset}: {error.reason}") from None
 

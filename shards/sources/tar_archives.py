@@ -10,14 +10,12 @@ from numpy.typing import NDArray
 
 from maestri.shards.errors import ShardError
 from maestri.shards.handles import Handles
-from maestri.shards.images import BadImage
+from maestri.shards.images import require_size
 from maestri.shards.sources import Source
 from maestri.shards.sources.file_patterns import files_at, kind_of
 from maestri.shards.sources.imagenet_devkit import is_wnid
 from maestri.shards.sources.tar_index import tar_members
 
-MAX_IMAGE = 1 << 30
-"""Bytes; a larger member is no image, whatever its name."""
 _PEEKED = 1000
 """Members that are looked at to tell the kinds apart."""
 
@@ -45,8 +43,7 @@ class TarImages:
             OSError: the tar cannot be read, or is shorter than it was; the error names it.
         """
         number, offset, size = place.tolist()
-        if size > MAX_IMAGE:
-            raise BadImage(f"{size} bytes, and no image has more than {MAX_IMAGE}")
+        require_size(size)
         return self._pread(number, offset, size)
 
     def close(self) -> None:

@@ -1,28 +1,25 @@
 """WebDataset tars that others made: members of one name are a sample, extensions tell them apart."""
 
-import json
 import logging
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from maestri.shards.errors import ShardError
-from maestri.shards.listing import Listing
+from maestri.shards.keys import are_unique
+from maestri.shards.listing import Listing, Strings, StringsDraft
 from maestri.shards.sources.class_tars import cleaned, listing_of
 from maestri.shards.sources.file_patterns import short_names
 from maestri.shards.sources.image_folder import IMAGE_SUFFIXES
 from maestri.shards.sources.labels import Labels
 from maestri.shards.sources.tar_archives import TarImages
 from maestri.shards.sources.tar_index import tar_members
+from maestri.shards.sources.tar_labels import LABEL_MEMBERS, label_among
 
-LABEL_MEMBERS = ("cls", "index", "json")
-"""Extensions that hold labels, in the order in which they are looked for."""
-JSON_KEYS = ("label", "labels", "cls", "class", "target")
-"""Where a JSON member has its labels, in the order in which they are looked for."""
-MAX_LABEL = 1 << 20
-"""Bytes of a member with labels."""
 _METADATA = re.compile(r"__[^/]*__(/|$)")
 
 _logger = logging.getLogger(__name__)
@@ -68,14 +65,12 @@ class WebDatasetSource(TarImages):
         shown = short_names(self.files)
         ignored, unused = Counter[str](), Counter[str]()
         labels = Labels(self._class_names)
-        keys: list[str] = []
-        names: list[str] = []
-        places: list[tuple[int, int, int]] = []
+        files, names, places = StringsDraft(), StringsDraft(), array("q")
         per_tar: list[int] = []
         without_image: list[str] = []
         without_label: list[str] = []
         for number, tar in enumerate(self.files):
-            before = len(keys)
+            before = len(names)
             for key, parts in samples_in(tar, ignored):
                 sample = f"{shown[number]}:{key}"
                 image = self._image_among(parts, sample)
@@ -87,20 +82,22 @@ class WebDatasetSource(TarImages):
                     without_label.append(sample)
                 labels.add(value, sample)
                 unused.update(extension for extension, _, _ in parts if extension not in (image[0], used))
-                keys.append(key)
-                names.append(f"{sample}.{image[0]}")
-                places.append((number, *image[1:]))
-            per_tar.append(len(keys) - before)
+                files.add(f"{key}.jpg")
+                names.add(f"{sample}.{image[0]}")
+                places.extend((number, *image[1:]))
+            per_tar.append(len(names) - before)
         self.close()  # labels were read
-        self._warn(len(keys), ignored, unused, without_image, without_label)
-        if not keys:
+        self._warn(len(names), ignored, unused, without_image, without_label)
+        if not len(names):
             raise ShardError(f"no images in {self.path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-        if len(set(keys)) < len(keys):  # tars that each count from 0
-            stems = [name.removesuffix(".tar") for name in shown for _ in range(per_tar[shown.index(name)])]
-            keys = [f"{stem}/{key}" for stem, key in zip(stems, keys, strict=True)]
-            if len(set(keys)) < len(keys):
+        found = files.strings()
+        if not are_unique(found):  # tars that each count from 0
+            tars = (name for name, count in zip(shown, per_tar, strict=True) for _ in range(count))
+            found = Strings.of(f"{tar.removesuffix('.tar')}/{file}" for tar, file in zip(tars, found, strict=True))
+            if not are_unique(found):
                 raise ShardError(f"{self.path}: a tar beside a folder of its name holds the same keys; rename one")
-        return listing_of([f"{key}.jpg" for key in keys], names, places, labels.columns())
+        table = np.frombuffer(places, np.int64).reshape(-1, 3)
+        return listing_of(found, names.strings(), table, labels.columns())
 
     def _image_among(self, parts: list[Part], sample: str) -> Part | None:
         if self._image_key:
@@ -118,25 +115,12 @@ class WebDatasetSource(TarImages):
     def _label_among(self, number: int, parts: list[Part], sample: str) -> tuple[object, str]:
         """Returns the label as it is written, None if there is none, and the extension of its member."""
         by_extension = {part[0]: part for part in parts}
-        member, _, key = self._label_key.partition(":")
-        members: list[tuple[str, tuple[str, ...]]]
-        if not self._label_key:
-            members = [(extension, JSON_KEYS) for extension in LABEL_MEMBERS]
-        elif key:
-            members = [(member.lower(), (key,))]
-        else:
-            members = [(member.lower(), JSON_KEYS), ("json", (member,))]
-        for extension, json_keys in members:
-            if extension not in by_extension:
-                continue
-            _, offset, size = by_extension[extension]
-            if size > MAX_LABEL:
-                raise ShardError(f"{sample}.{extension} should hold a label and has {size} bytes")
-            where = f"{sample}.{extension}"
-            value = _label_in(self._pread(number, offset, size), extension, json_keys, where)
-            if value is not None:
-                return value, extension
-        return None, ""
+        return label_among(
+            {extension: size for extension, _, size in parts},
+            lambda extension: self._pread(number, *by_extension[extension][1:]),
+            self._label_key,
+            sample,
+        )
 
     def _warn(
         self,
@@ -213,24 +197,3 @@ def samples_in(tar: Path, ignored: Counter[str]) -> Iterator[tuple[str, list[Par
         parts.append((extension, offset, size))
     if parts:
         yield current, parts
-
-
-def _label_in(data: bytes, extension: str, json_keys: tuple[str, ...], where: str) -> object:
-    if extension.rpartition(".")[2] == "json":
-        try:
-            fields: Any = json.loads(data)
-        except (ValueError, RecursionError):
-            raise ShardError(f"{where} is no JSON: {data[:40]!a}") from None
-        if not isinstance(fields, dict):
-            return fields
-        return next((fields[key] for key in json_keys if fields.get(key) is not None), None)
-    try:
-        text = data.decode().strip()
-    except UnicodeDecodeError:
-        raise ShardError(f"{where} should hold a label and is no text: {data[:40]!a}") from None
-    if not text:
-        return None
-    digits = text.removeprefix("-")
-    if digits.isascii() and digits.isdigit() and len(digits) < 20:
-        return int(text)
-    return text

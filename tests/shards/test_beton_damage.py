@@ -12,7 +12,7 @@ import pytest
 
 from maestri.shards import beton_block
 from maestri.shards.beton_format import HEADER, Beton
-from maestri.shards.beton_rows import damage, read_rows
+from maestri.shards.beton_rows import damage, our_block
 from maestri.shards.beton_shard import FIXED_BYTES, ROW_BYTES
 from maestri.shards.errors import ShardError
 from maestri.shards.images import BadImage
@@ -44,7 +44,10 @@ def test_readers__mutations_are_refused_or_harmless(tmp_path: Path) -> None:
 
 def test_damage__every_flipped_byte_is_named(whole: Path, tmp_path: Path) -> None:
     data = bytearray(whole.read_bytes())
-    beton, columns = Beton(whole), read_rows(whole)
+    beton = Beton(whole)
+    block = our_block(beton)
+    assert block is not None
+    columns = block.columns
     head, first, last = beton.tables_end, int(columns["offset"][0]), int(columns["offset"][-1] + columns["bytes"][-1])
     dice = random.Random(0)
     places = [*range(0, 24), *range(FIXED_BYTES, head), *range(last, len(data))]

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from PIL import Image
 
 from maestri.shards import beton_shard
 from maestri.shards.beton_format import Beton
-from maestri.shards.beton_rows import damage, read_rows
-from maestri.shards.beton_shard import HEAD_BYTES, PAGE_BYTES, BetonShard, write_beton
+from maestri.shards.beton_rows import damage, our_block
+from maestri.shards.beton_shard import HEAD_BYTES, PAGE_BYTES, BetonShard
 from maestri.shards.errors import ShardError
 from maestri.shards.images import store
 from maestri.shards.rows import Sample
@@ -39,6 +39,21 @@ _EXIF[274] = 6
 
 def sample(at: int, data: bytes, label: int | None = None, **fields: Any) -> Sample:
     return Sample(key=f"folder/{at:04d}", label=at if label is None else label, image=store(data), **fields)
+
+
+def write_beton(path: Path, samples: Iterable[Sample], **settings: Any) -> BetonShard:
+    """Writes a file and returns what was known of it as it was closed."""
+    with BetonShard(path, **settings) as shard:
+        for one in samples:
+            shard.add(one)
+    return shard
+
+
+def read_rows(path: Path) -> dict[str, NDArray[Any]]:
+    """Returns the columns of a file as its writer left them."""
+    block = our_block(Beton(path))
+    assert block is not None
+    return block.columns
 
 
 def of_size(data: bytes, size: int) -> bytes:
@@ -154,7 +169,7 @@ def test_ffcv__several_labels_and_equal_sizes(make_jpeg: MakeJpeg, by_ffcv: ByFf
         assert marks.max() <= 1
     listing = BetonSource(tmp_path / "x.beton").listing()
     assert [listing.labels_of(row) for row in range(60)] == several
-    assert_same(read_rows(tmp_path / "x.beton"), written.columns)
+    assert_same(read_rows(tmp_path / "x.beton"), written.rows.columns())
 
 
 def test_ffcv__reader_finds_fields_and_no_labels(make_jpeg: MakeJpeg, tmp_path: Path) -> None:
@@ -171,16 +186,17 @@ def assert_same(one: dict[str, NDArray[Any]], two: dict[str, NDArray[Any]]) -> N
         np.testing.assert_array_equal(values, two[name], err_msg=name)
 
 
-def test_read_rows__are_those_written(mixed: Path, jpegs: list[bytes], tmp_path: Path) -> None:
+def test_our_block__holds_the_rows_written(mixed: Path, jpegs: list[bytes], tmp_path: Path) -> None:
     samples = [sample(at, data) for at, data in enumerate(jpegs)]
     with small_pages():
         written = write_beton(tmp_path / "x.beton", samples, class_names=[str(at) for at in range(100)])
     assert (tmp_path / "x.beton").read_bytes() == mixed.read_bytes()
     assert written.xxh128 == xxhash.xxh3_128_hexdigest(mixed.read_bytes())
-    assert_same(read_rows(mixed), written.columns)
-    assert written.columns["orientation"].tolist()[:5] == [1, 1, 1, 6, 1]
+    assert_same(read_rows(mixed), written.rows.columns())
+    assert written.rows.columns()["orientation"].tolist()[:5] == [1, 1, 1, 6, 1]
     data = mixed.read_bytes()
-    for at, (offset, size) in enumerate(zip(written.columns["offset"], written.columns["bytes"], strict=True)):
+    columns = written.rows.columns()
+    for at, (offset, size) in enumerate(zip(columns["offset"], columns["bytes"], strict=True)):
         assert data[offset : offset + size] == jpegs[at]
 
 
@@ -218,14 +234,14 @@ def test_layout__large_image_makes_pages_larger(make_jpeg: MakeJpeg, by_ffcv: By
 def test_layout__many_rows_move_the_images(make_jpeg: MakeJpeg, tmp_path: Path) -> None:
     image, path = store(make_jpeg()), tmp_path / "x.beton"
     written = write_beton(path, (Sample(key=f"{at}", label=at % 10, image=image) for at in range(15_000)))
-    assert written.columns["offset"][0] == HEAD_BYTES + PAGE_BYTES
-    assert_same(read_rows(path), written.columns)
+    assert written.rows.columns()["offset"][0] == HEAD_BYTES + PAGE_BYTES
+    assert_same(read_rows(path), written.rows.columns())
     assert list(damage(path)) == []
     assert Reader(str(path)).metadata["f1"].tolist() == [at % 10 for at in range(15_000)]
     assert written.xxh128 == xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
-def test_write_beton__memory_does_not_grow_with_images(make_jpeg: MakeJpeg, tmp_path: Path) -> None:
+def test_beton_shard__memory_does_not_grow_with_images(make_jpeg: MakeJpeg, tmp_path: Path) -> None:
     data = of_size(make_jpeg(), 1 << 20)
     tracemalloc.start()
     write_beton(tmp_path / "x.beton", (sample(at, bytes(bytearray(data))) for at in range(60)))
@@ -234,15 +250,15 @@ def test_write_beton__memory_does_not_grow_with_images(make_jpeg: MakeJpeg, tmp_
     assert peak < 16 << 20
 
 
-def test_write_beton__no_sample(tmp_path: Path) -> None:
+def test_beton_shard__no_sample(tmp_path: Path) -> None:
     written = write_beton(tmp_path / "x.beton", [])
-    assert_same(read_rows(tmp_path / "x.beton"), written.columns)
+    assert_same(read_rows(tmp_path / "x.beton"), written.rows.columns())
     assert list(damage(tmp_path / "x.beton")) == []
     with pytest.raises(ShardError, match="holds no images"):
         BetonSource(tmp_path / "x.beton").listing()
 
 
-def test_write_beton__what_ffcv_cannot_hold(make_jpeg: MakeJpeg, tmp_path: Path) -> None:
+def test_beton_shard__what_ffcv_cannot_hold(make_jpeg: MakeJpeg, tmp_path: Path) -> None:
     good = store(make_jpeg())
     several = Sample(key="k", label=1, labels=(1, 2), image=good)
     with pytest.raises(ShardError, match="the number of classes is not given"):

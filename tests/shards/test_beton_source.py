@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maestri.shards.beton_format import Beton, is_beton
-from maestri.shards.beton_rows import damage, read_rows
+from maestri.shards.beton_rows import damage
 from maestri.shards.errors import ShardError
 from maestri.shards.sources.beton import BetonSource
 
@@ -193,24 +193,9 @@ def test_is_beton__by_content_or_name(tmp_path: Path) -> None:
         assert is_beton(tmp_path / name) is expected
 
 
-def test_read_rows__of_a_file_of_ffcvs(tmp_path: Path) -> None:
+def test_damage__of_a_file_of_ffcvs_says_that_it_is_none_of_ours(tmp_path: Path) -> None:
     path = write(tmp_path / "x.beton", {"image": RGBImageField("jpg"), "label": IntField()}, PIXELS, LABELS)
-    columns = read_rows(path)
-    data = path.read_bytes()
-    places = zip(columns["offset"].tolist(), columns["bytes"].tolist(), strict=True)
-    assert [data[at : at + size] for at, size in places] == stock_bytes(path, "image")
-    assert columns["label"].tolist() == LABELS
-    assert [(w, h) for w, h in zip(columns["width"], columns["height"], strict=True)] == [
-        pixels.shape[1::-1] for pixels in PIXELS
-    ]
-    assert columns["keys"].tobytes().startswith(b"000001002")
     assert "no block of keys" in next(damage(path))
-
-
-def test_read_rows__raw_pixels_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.beton", {"image": RGBImageField("raw")}, PIXELS[:5])
-    with pytest.raises(ShardError, match="row 0 is no JPEG that can be used as it is; convert the file"):
-        read_rows(path)
 
 
 def test_beton__reads_no_image(many_fields: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -10,14 +11,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from maestri.shards import convert as conversion
+from maestri.shards import worker
 from maestri.shards.convert import ConvertConfig, Progress, convert
 from maestri.shards.errors import ShardError
 from maestri.shards.images import KEPT, TRANSCODED
+from maestri.shards.manifest import Manifest
 from maestri.shards.shard_set import ShardSet
+from maestri.shards.sources import open_source
 
 MakeFolder = Callable[[Path, dict[str, bytes]], Path]
 ReadAll = Callable[[Path], dict[str, bytes]]
@@ -151,10 +157,33 @@ def test_convert__dead_worker_is_an_error(pixels: Path, undisturbed: Path, tmp_p
                 child.kill()
 
     config = ConvertConfig(workers=2, shard_bytes=500_000)
-    with pytest.raises(ShardError, match="a worker process died; run the same command again"):
+    with pytest.raises(ShardError, match=r"a worker process died.* \(out of memory\?\); run the same command again"):
         convert(pixels, tmp_path / "set", config, report=kill)
     convert(pixels, tmp_path / "set", config)
     assert read_all(tmp_path / "set") == read_all(undisturbed)
+
+
+def test_convert__dead_worker_names_its_image(
+    tmp_path: Path, make_folder: MakeFolder, encode: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    large = encode(Image.new("L", (9000, 9000)), "PNG", compress_level=1)  # a second's work
+    source = make_folder(tmp_path / "source", {"a/large.png": large})
+    made: list[worker.Counters] = []
+
+    def counters(*args: Any) -> worker.Counters:
+        made.append(worker.Counters(*args))
+        return made[0]
+
+    def kill(_: Progress) -> None:
+        if made[0].entered():
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    monkeypatch.setattr(conversion, "Counters", counters)
+    with pytest.raises(ShardError, match=r"a worker process died at a/large\.png \(out of memory\?\); run the same"):
+        convert(source, tmp_path / "set", ConvertConfig(workers=1), report=kill)
 
 
 def test_convert__unreadable_file_stops_in_one_line(tmp_path: Path, images: Path, make_folder: MakeFolder) -> None:
@@ -263,3 +292,69 @@ def test_convert__class_and_source_names_that_are_not_utf8(tmp_path: Path, make_
     assert set(manifest.class_names) == {name, "tea"}
     with ShardSet.open(tmp_path / "out") as shard_set:
         assert shard_set.manifest == manifest
+
+
+def test_convert__image_too_large_for_the_memory_is_named(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def store(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    source = open_source(images)
+    counters = worker.Counters(multiprocessing.get_context("forkserver"), 3)
+    monkeypatch.setattr(worker, "store", store)
+    storing = worker.Storing(check="decode", bad="quarantine", lossless=False, resize_shorter=0, quality=100)
+    for name, value in {"source": source, "counters": counters, "storing": storing}.items():
+        monkeypatch.setitem(worker._state, name, value)
+    listing = source.listing()
+    task = worker.Task(name="shard-00002", number=2, first_sample=0, samples=listing)
+    with pytest.raises(ShardError, match="not enough memory") as caught:
+        list(worker._samples(task, []))
+    assert str(caught.value).startswith(listing.names[0])
+    assert counters.entered() == [(2, 0)]
+
+
+def full_disk(free: int) -> object:
+    return lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - free, free)  # type: ignore[attr-defined]
+
+
+def test_convert__no_space_leaves_nothing_and_other_settings_may_fit(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(path.stat().st_size for path in images.rglob("*.jpg"))
+    monkeypatch.setattr(shutil, "disk_usage", full_disk(size + 1000))
+    out = tmp_path / "set"
+    with pytest.raises(ShardError, match="nothing was written"):
+        convert(images, out, ConvertConfig(workers=1, format="both"))
+    assert not out.exists()
+    assert convert(images, out, ConvertConfig(workers=1))["tar"].num_samples == 60
+    monkeypatch.setattr(shutil, "disk_usage", full_disk(0))
+    convert(images, out, ConvertConfig(workers=1))  # it is there already
+
+
+def test_convert__given_classes_are_none_without_labels(
+    tmp_path: Path, make_folder: MakeFolder, make_jpeg: Callable[..., bytes]
+) -> None:
+    source = make_folder(tmp_path / "source", {f"{number}.jpg": make_jpeg(seed=number) for number in range(3)})
+    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    manifest = convert(source, tmp_path / "set", ConvertConfig(workers=1, classes=tmp_path / "names.txt"))["tar"]
+    assert (manifest.labels, manifest.class_names) == ("none", ())
+
+
+def test_convert__killed_after_an_empty_shard_was_dropped(
+    tmp_path: Path, make_folder: MakeFolder, make_jpeg: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch,
+    read_all: ReadAll,
+) -> None:  # fmt: skip
+    source = make_folder(tmp_path / "source", {"1.jpg": make_jpeg(), "2.jpg": b"bad", "3.jpg": make_jpeg(seed=3)})
+    config = ConvertConfig(workers=1, shard_samples=1, format="both")
+    convert(source, tmp_path / "plain", config)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "set", config)
+    told = []
+    convert(source, tmp_path / "set", config, report=told.append)
+    assert told[-1].resumed_images == 3
+    assert read_all(tmp_path / "set") == read_all(tmp_path / "plain")

@@ -1,5 +1,6 @@
 import io
 import struct
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from maestri.shards import pixels
 from maestri.shards.images import FORMATS, KEPT, MENDED, TRANSCODED, BadImage, store
 
 Encode = Callable[..., bytes]
@@ -208,3 +210,58 @@ def test_store__takes_an_orientation_out_of_range_for_none(make_jpeg: Encode, or
     exif = Image.Exif()
     exif[274] = orientation
     assert store(make_jpeg(exif=exif)).orientation == 1
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "RGBA", "RGBa", "LA", "La", "PA", "P", "L", "1", "RGB"])
+def test_eight_bits__in_bands_is_as_in_one(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (37, 11, 4), np.uint8)
+    if mode == "I":
+        image = Image.fromarray(values[:, :, 0].astype(np.int32) * 257)
+    elif mode.startswith("I;16"):
+        raw = values[:, :, 0].astype(">u2" if mode == "I;16B" else "<u2") * 257
+        image = Image.frombytes(mode, (11, 37), raw.tobytes())
+    elif mode in ("RGBa", "La"):
+        image = Image.fromarray(values).convert({"La": "LA"}.get(mode, "RGBA")).convert(mode)
+    elif mode == "PA":
+        image = Image.fromarray(values[:, :, :3]).convert("P").convert("PA")
+    else:
+        image = Image.fromarray(values).convert(mode)
+    if mode in ("P", "L", "1"):
+        image.info["transparency"] = 0
+    if mode == "RGB":
+        image.info["transparency"] = tuple(values[5, 5, :3].tolist())
+    whole = pixels.eight_bits(image)
+    monkeypatch.setattr(pixels, "_BAND_PIXELS", 30)
+    parts = pixels.eight_bits(image)
+    assert (parts.mode, parts.size, parts.info) == (whole.mode, whole.size, {})
+    assert parts.tobytes() == whole.tobytes()
+    assert whole.getextrema() != (0, 0)
+
+
+def test_eight_bits__needs_few_bytes_a_pixel() -> None:
+    image = Image.fromarray(np.full((3000, 3000), 65535, np.uint16))
+    tracemalloc.start()
+    assert pixels.eight_bits(image).getextrema() == (255, 255)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 * 9_000_000  # bands need 24 MiB whatever the image's size, its copy as bytes 1 or 2 a pixel
+
+
+def test_store__counts_scans(make_jpeg: Encode) -> None:
+    source = make_jpeg(progressive=True)
+    last = source.rindex(b"\xff\xda")
+    scans = source.count(b"\xff\xda")
+    bomb = source[:-2] + source[last:-2] * (600 - scans) + b"\xff\xd9"
+    for options in ({}, {"check": "header"}, {"mend": True}):
+        with pytest.raises(BadImage, match="^600 scans"):
+            store(bomb, **options)
+    fine = source[:-2] + source[last:-2] * (500 - scans) + b"\xff\xd9"
+    assert store(fine, check="header").data == fine
+
+
+def test_store__counts_no_scans_where_there_are_none(make_jpeg: Encode) -> None:
+    """Behind the end, and within a comment."""
+    for options in ({}, {"progressive": True}):
+        source = make_jpeg(**options)
+        for data in (source + b"\xff\xda" * 1000, source[:2] + b"\xff\xfe\x07\xd2" + b"\xff\xda" * 1000 + source[2:]):
+            assert store(data).data == data

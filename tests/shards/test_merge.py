@@ -1,5 +1,6 @@
 """Conversions that ran in parts: the same bytes as from one machine."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -8,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from maestri.shards import convert as conversion
 from maestri.shards.convert import ConvertConfig, convert
 from maestri.shards.errors import ShardError
+from maestri.shards.journal import JOURNAL, Journal
+from maestri.shards.manifest import Manifest
 from maestri.shards.merge import merge
 
 ReadAll = Callable[[Path], dict[str, bytes]]
@@ -144,8 +148,111 @@ def test_merge__nothing_to_merge(whole: Path, tmp_path: Path) -> None:
 
 
 def test_merge__while_a_part_is_being_converted(source: Path, tmp_path: Path) -> None:
-    from maestri.shards.journal import Journal
-
     run_part(source, tmp_path / "set", "tar", "1/2")
     with Journal(tmp_path / "set", ("tar",), part="2/2"), pytest.raises(ShardError, match="another process"):
         merge(tmp_path / "set")
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("lost", ["nothing", "head", "records"])
+@pytest.mark.parametrize("with_parts", [True, False])
+def test_merge__killed_before_the_journal_is_gone(
+    source: Path, form: str, plain: dict[str, bytes], tmp_path: Path, read_all: ReadAll,
+    monkeypatch: pytest.MonkeyPatch, lost: str, with_parts: bool,
+) -> None:  # fmt: skip
+    parts = [tmp_path / "a", tmp_path / "b"]
+    for number, part in enumerate(parts):
+        run_part(source, part, form, f"{number + 1}/2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / "set", parts)
+    journal = tmp_path / "set" / JOURNAL
+    for path in journal.glob({"head": "conversion.json", "records": "shard-*", "nothing": "none"}[lost]):
+        path.unlink()
+    assert set(merge(tmp_path / "set", parts if with_parts else ())) == ({"tar", "beton"} if form == "both" else {form})
+    assert read_all(tmp_path / "set") == plain
+    assert not journal.exists()
+
+
+def test_merge__killed_after_empty_shards_were_dropped(
+    source: Path, tmp_path: Path, read_all: ReadAll, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"workers": 1, "shard_samples": 1, "format": "both"}
+    convert(source, tmp_path / "plain", ConvertConfig(**config))
+    for part in ("1/2", "2/2"):
+        convert(source, tmp_path / "set", ConvertConfig(**config, part=part))
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / "set")
+    shutil.copytree(tmp_path / "set", tmp_path / "again")
+    merge(tmp_path / "other", [tmp_path / "again"])
+    merge(tmp_path / "set")
+    assert read_all(tmp_path / "set") == read_all(tmp_path / "other") == read_all(tmp_path / "plain")
+
+
+def test_merge__into_another_whole_set(source: Path, whole: Path, tmp_path: Path, read_all: ReadAll) -> None:
+    for part in ("1/2", "2/2"):
+        run_part(source, tmp_path / part[0], "tar", part)
+    out = Path(shutil.copytree(whole, tmp_path / "set"))
+    before = read_all(out)
+    with pytest.raises(ShardError, match="made from another source or with other settings"):
+        merge(out, [tmp_path / "1", tmp_path / "2"])
+    assert read_all(out) == before
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_merge__a_shard_that_is_not_what_was_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_link: bool
+) -> None:
+    for part in ("1/2", "2/2"):
+        run_part(source, tmp_path / part[0], "tar", part)
+    shard = sorted((tmp_path / "2").glob("*.tar"))[0]
+    data = bytearray(shard.read_bytes())
+    if not can_link:
+        monkeypatch.setattr(os, "link", _no_links)
+        data[600] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(ShardError, match=f"{shard.name} has other bytes than were written"):
+            merge(tmp_path / "set", [tmp_path / "1", tmp_path / "2"])
+    shard.write_bytes(data[:-512])
+    with pytest.raises(ShardError, match=f"{shard.name} has [0-9,]+ bytes, not"):
+        merge(tmp_path / "set", [tmp_path / "1", tmp_path / "2"])
+    assert not (tmp_path / "set" / shard.name).exists()
+
+
+@pytest.mark.parametrize(
+    "kept", ["../../outside.txt", "/etc/hostname", "quarantine/../../x.bin", "quarantine/1.bin", 7]
+)
+def test_merge__a_part_that_names_files_elsewhere(source: Path, tmp_path: Path, kept: object) -> None:
+    run_part(source, tmp_path / "a", "tar", "1/1")
+    for path in (tmp_path / "a" / JOURNAL).glob("shard-*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"bad": [one | {"kept": kept} for one in record["bad"]]}))
+    with pytest.raises(ShardError, match="names a file outside its quarantine"):
+        merge(tmp_path / "set", [tmp_path / "a"])
+
+
+@pytest.mark.parametrize("what", ["quarantine", "quarantine/*.bin", "*.tar"])
+def test_merge__takes_no_symbolic_links(source: Path, tmp_path: Path, what: str) -> None:
+    run_part(source, tmp_path / "a", "tar", "1/1")
+    path = next((tmp_path / "a").glob(what))
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ShardError, match="is a symbolic link"):
+        merge(tmp_path / "set", [tmp_path / "a"])
+
+
+def test_merge__of_parts_from_other_libraries(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_part(source, tmp_path / "a", "tar", "1/2")
+    monkeypatch.setattr(conversion, "encoders", lambda: {"Pillow": "0.1"})
+    with pytest.raises(ShardError, match=r"other libraries.*: Pillow \S+ and 0\.1, libjpeg-turbo \S+ and none"):
+        run_part(source, tmp_path / "a", "tar", "2/2")
+    run_part(source, tmp_path / "b", "tar", "2/2")
+    with pytest.raises(ShardError, match=r"other libraries.*Pillow \S+ and 0\.1"):
+        merge(tmp_path / "set", [tmp_path / "a", tmp_path / "b"])
+    assert not (tmp_path / "set").exists()

@@ -1,7 +1,9 @@
 """Parquet as Hugging Face stores it, written by pyarrow."""
 
 import json
+import os
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,11 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
+from maestri.shards.convert import ConvertConfig, Progress, convert
 from maestri.shards.errors import ShardError
 from maestri.shards.images import BadImage
 from maestri.shards.listing import Listing
+from maestri.shards.merge import merge
 from maestri.shards.sources.parquet import ParquetSource
 
 Jpeg = Callable[..., bytes]
@@ -316,3 +320,40 @@ def test_source__without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ShardError, match=r"pip install 'maestri\[parquet\]'"):
         ParquetSource(tmp_path)
+
+
+def test_convert__parts_on_a_shared_folder_stage_apart(
+    tmp_path: Path, images: list[bytes], read_all: Callable[[Path], dict[str, bytes]]
+) -> None:
+    source = hf_file(tmp_path / "x.parquet", images, [at % 3 for at in range(40)], **CLASSES)
+    settings: dict[str, Any] = {"workers": 1, "shard_samples": 4}
+    convert(source, tmp_path / "plain", ConvertConfig(**settings))
+    out, started = tmp_path / "set", []
+
+    def other_part(progress: Progress) -> None:
+        """Starts the other part while the first is at work, on a machine to which the file looks changed."""
+        if not started:
+            started.append(progress)
+            assert [path.name for path in out.glob(".convert/staged*")] == ["staged-1-of-2"]
+            os.utime(source)
+            convert(source, out, ConvertConfig(**settings, part="2/2"))
+            assert [path.name for path in out.glob(".convert/staged*")] == ["staged-1-of-2"]
+
+    convert(source, out, ConvertConfig(**settings, part="1/2"), report=other_part)
+    assert not list(out.glob(".convert/staged*"))  # done with
+    merge(out)
+    assert read_all(out) == read_all(tmp_path / "plain")
+
+
+def test_convert__staging_needs_space_too(tmp_path: Path, images: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = hf_file(tmp_path / "x.parquet", images, [0] * 40)
+    free = int(source.stat().st_size * 1.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
+        patch.setattr(ParquetSource, "stage", lambda *_: pytest.fail("it began"))
+        with pytest.raises(ShardError, match="nothing was written"):
+            convert(source, tmp_path / "set", ConvertConfig(workers=1))
+    assert not (tmp_path / "set").exists()
+    staged_once, _ = staged(source, tmp_path / "spool")
+    assert staged_once.bytes_to_stage(tmp_path / "spool") == 0
+    assert staged_once.bytes_to_stage(tmp_path / "elsewhere") == source.stat().st_size

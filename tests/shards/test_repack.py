@@ -130,3 +130,17 @@ def test_repack__several_labels(make_jpeg: Callable[..., bytes], tmp_path: Path)
         found = contents(tmp_path / form)
         assert [set(labels) for labels in found["labels"]] == [{0, 2}, set(), {1}]
         assert list(damage(tmp_path / form)) == []
+
+
+def test_repack__png_keeps_what_is_known_of_it(
+    encode: Callable[..., bytes], make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A 16-bit PNG was stored as one of 8 bits, which has lost the orientation."""
+    exif = Image.Exif()
+    exif[274] = 6
+    deep = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
+    source = make_folder(tmp_path / "source", {"deep.png": encode(deep, "PNG", exif=exif)})
+    convert(source, tmp_path / "png", ConvertConfig(workers=1, lossless=True))
+    repacked(tmp_path / "png", tmp_path / "set", lossless=True)
+    assert contents(tmp_path / "set") == contents(tmp_path / "png")
+    assert contents(tmp_path / "png")["orientation"] == [6]

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import webdataset
 
+from maestri.shards import repair as repairs
 from maestri.shards.adopt import AdoptConfig, adopt
 from maestri.shards.beton_shard import FIXED_BYTES
 from maestri.shards.convert import ConvertConfig, convert
 from maestri.shards.errors import ShardError
+from maestri.shards.gather import locked
+from maestri.shards.manifest import Manifest
 from maestri.shards.repair import repair
 from maestri.shards.shard_set import ShardSet
 from maestri.shards.verify import damage
@@ -235,3 +238,60 @@ def test_repair__a_changed_byte_in_the_manifest(whole_set: Path, folder: Path, f
     with ShardSet.open(folder) as again, ShardSet.open(whole_set) as before:
         assert again.manifest.class_names == before.manifest.class_names
         assert np.array_equal(again.columns.crc32, before.columns.crc32)
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def facts(folder: Path) -> dict[str, tuple[int, int]]:
+    with ShardSet.open(folder) as shard_set:
+        stored, turned = shard_set.columns.stored.tolist(), shard_set.columns.orientation.tolist()
+        return {shard_set.key(row): (stored[row], turned[row]) for row in range(len(shard_set))}
+
+
+@pytest.mark.parametrize("at", ["set", "manifest"])
+def test_repair__killed_and_run_again_loses_nothing(
+    whole_set: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    with ShardSet.open(folder) as shard_set:
+        column = shard_set.manifest.index["columns"]["orientation"]
+        row = next(row for row in range(61) if not shard_set.key(row).endswith("turned"))
+        key = shard_set.key(row)
+    data = bytearray((folder / "index.bin").read_bytes())
+    data[column["offset"] + row] = 3  # believed, so that no index with the old checksum comes of what is left
+    (folder / "index.bin").write_bytes(data)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((repairs, "write_set") if at == "set" else (Manifest, "write")), interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            repair(folder)
+    repair(folder)
+    assert list(damage(folder)) == []
+    before, after = facts(whole_set), facts(folder)
+    assert {name: fact for name, fact in after.items() if name != key} == {
+        name: fact for name, fact in before.items() if name != key
+    }
+
+
+def test_repair__killed_after_damaged_images_were_dropped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip_image(folder, 7)
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    expected = repair(other, drop_damaged=True).manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            repair(folder, drop_damaged=True)
+    with pytest.raises(ShardError, match="damaged"):
+        repair(folder)
+    done = repair(folder, drop_damaged=True).manifest
+    assert (done.num_samples, done.index) == (expected.num_samples, expected.index)
+    assert facts(folder) == facts(other)
+
+
+def test_repair__while_another_process_is_at_it(folder: Path, tmp_path: Path) -> None:
+    with locked(folder), pytest.raises(ShardError, match="another process is writing"):
+        repair(folder)
+    with pytest.raises(ShardError, match="there is no folder"):
+        repair(tmp_path / "nowhere")

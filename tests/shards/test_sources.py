@@ -1,16 +1,22 @@
 import gzip
 import logging
+import os
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from maestri.shards import images
+from maestri.shards.convert import ConvertConfig, convert
 from maestri.shards.errors import ShardError
+from maestri.shards.images import BadImage
 from maestri.shards.sources import open_source
 from maestri.shards.sources.idx_file import IdxSource, read_idx
 from maestri.shards.sources.image_folder import FolderSource
+from maestri.shards.sources.shard_set import ShardSetSource
 
 MakeFolder = Callable[[Path, dict[str, bytes]], Path]
 
@@ -151,7 +157,7 @@ def test_idx_listing__refuses_labels_that_do_not_fit(mnist: Path) -> None:
         (idx(np.zeros((2, 3, 3)))[:-1], "has 33 bytes; its head says 34"),
         (idx(np.zeros(4)), "is not an idx file of unsigned bytes in 3 dimensions"),
         (struct.pack(">4B3I", 0, 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1), "its head says"),
-        (gzip.compress(bytes(1000))[:-9], "cannot be read"),
+        (gzip.compress(idx(np.zeros((10, 10, 10))))[:-9], "cannot be read"),
         (b"\x1f\x8b\x08" + bytes(20), "cannot be read"),
     ],
 )
@@ -160,3 +166,74 @@ def test_read_idx__refuses_damage(tmp_path: Path, content: bytes, message: str) 
     path.write_bytes(content)
     with pytest.raises(ShardError, match=message):
         read_idx(path, dimensions=3)
+
+
+@pytest.mark.timeout(60)
+def test_folder_listing__only_regular_files_are_images(
+    tmp_path: Path, make_folder: MakeFolder, make_jpeg: Callable[..., bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_folder(tmp_path / "source", {"a/1.jpg": make_jpeg()})
+    (folder / "a" / "linked.jpg").symlink_to("1.jpg")
+    os.mkfifo(folder / "a" / "pipe.jpg")
+    (folder / "a" / "z.jpg").symlink_to("/dev/zero")
+    with caplog.at_level(logging.WARNING):
+        listing = FolderSource(folder).listing()
+    assert list(listing.names) == ["a/1.jpg", "a/linked.jpg"]
+    assert "2 pipes and devices" in caplog.text
+    assert convert(folder, tmp_path / "set", ConvertConfig(workers=1))["tar"].num_samples == 2
+    (folder / "a" / "dead.jpg").symlink_to("nowhere")
+    with pytest.raises(ShardError, match=r"cannot read the source: No such file or directory: .*dead\.jpg"):
+        FolderSource(folder).listing()
+
+
+@pytest.mark.timeout(60)
+def test_folder_load__pipe_that_stands_there_since_is_a_bad_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "1.jpg")
+    with pytest.raises(BadImage, match="no regular file"):
+        FolderSource(tmp_path).load("1.jpg", np.zeros(3, np.int64))
+
+
+def test_load__what_is_too_large_to_be_an_image_is_not_read(
+    tmp_path: Path, make_folder: MakeFolder, make_jpeg: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder, a set and a .beton; tars have a test of their own."""
+    data = make_jpeg()
+    folder = make_folder(tmp_path / "source", {"1.jpg": data})
+    convert(folder, tmp_path / "set", ConvertConfig(workers=1, format="both"))
+    beton = next((tmp_path / "set" / "beton").glob("*.beton"))
+    sources = [FolderSource(folder), ShardSetSource(tmp_path / "set" / "tar"), open_source(beton)]
+    listings = [source.listing() for source in sources]
+    for limit in (len(data), len(data) - 1):
+        monkeypatch.setattr(images, "MAX_IMAGE", limit)
+        for source, listing in zip(sources, listings, strict=True):
+            if limit == len(data):
+                assert source.load(listing.names[0], listing.places[0]) == data
+            else:
+                with pytest.raises(BadImage, match=f"{len(data)} bytes, and no image has more than {limit}"):
+                    source.load(listing.names[0], listing.places[0])
+
+
+def test_read_idx__maps_what_is_not_gzipped(mnist: Path) -> None:
+    path = mnist / "t10k-images-idx3-ubyte"
+    pixels = read_idx(path, dimensions=3)
+    assert isinstance(pixels, np.memmap) and not pixels.flags.writeable
+    np.testing.assert_array_equal(pixels, np.arange(60, dtype=np.uint8).reshape(5, 3, 4))
+    packed = mnist / "packed.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    np.testing.assert_array_equal(read_idx(packed, dimensions=3), pixels)
+
+
+def test_read_idx__unpacks_no_more_than_the_head_says(mnist: Path) -> None:
+    pixels = idx(np.zeros((5, 3, 4)))
+    images_file, labels_file = mnist / "x-images-idx3-ubyte.gz", mnist / "x-labels-idx1-ubyte.gz"
+    images_file.write_bytes(gzip.compress(pixels + bytes(1 << 28), 1))
+    labels_file.write_bytes(gzip.compress(struct.pack(">4BI", 0, 0, 8, 1, 1 << 28) + bytes(1 << 28), 1))
+    tracemalloc.start()
+    with pytest.raises(ShardError, match=f"has more than {len(pixels)} bytes; its head says {len(pixels)}"):
+        IdxSource(images_file).listing()
+    images_file.write_bytes(gzip.compress(pixels))
+    with pytest.raises(ShardError, match="has 268435456 labels for the 5 images"):
+        IdxSource(images_file).listing()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 24
