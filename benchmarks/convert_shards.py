@@ -31,6 +31,40 @@ def convert(photos: Path, out: Path, *options: str) -> float:
     return time.perf_counter() - start
 
 
+def peak_memory(photos: Path, out: Path, *options: str) -> float:
+    """Returns the largest memory of a conversion's processes together, in MB: their proportional set sizes."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [Path(sys.executable).with_name("maestri"), "shards", "convert", photos, out, "--json", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, sum(map(proportional_size, members(process.pid))))
+        time.sleep(0.02)
+    assert process.returncode == 0
+    return peak
+
+
+def members(session: int) -> list[Path]:
+    """Returns the /proc folders of a session's processes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rpartition(")")[2].split()[3]) == session:
+                found.append(path)
+        except (OSError, IndexError):
+            continue  # it has just ended
+    return found
+
+
+def proportional_size(process: Path) -> float:
+    """Returns a process's memory in MB, what it shares with others divided among them."""
+    try:
+        lines = (process / "smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1000
+
+
 def bare_tar_writer(photos: Path, out: Path) -> float:
     """Returns the seconds of a loop around webdataset's writer, in this process."""
     import webdataset
@@ -94,7 +128,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("photos", type=Path)
     parser.add_argument("scratch", type=Path)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     scratch: Path = options.scratch / "convert_shards"
@@ -146,6 +180,9 @@ def main() -> int:
         ("beton, header, 2 workers, all", "ffcv writer, 2 workers", "≥ 6"),
     ):
         print(f"| {over} / {under} | {aim} | {rates[over] / rates[under]:.2f} |")
+    print("\n| images | peak memory of all processes, MB |\n|---:|---:|")
+    for photos in (few, many):
+        print(f"| {count[photos]:,} | {peak_memory(photos, out, '--workers', '2'):,.0f} |")
     shutil.rmtree(scratch)
     return 0
 

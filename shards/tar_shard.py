@@ -11,6 +11,7 @@ import xxhash
 from maestri.shards.rows import Rows, Sample
 
 LABEL, LABELS = "cls", "json"
+_BUFFER = 1 << 20
 DALI_INDEX_VERSION = "v1.2"
 TAR_FORMAT: Final = tarfile.PAX_FORMAT
 """It holds names of any length; so does GNU's, but DALI's ``wds2idx`` then finds wrong offsets."""
@@ -28,9 +29,10 @@ class TarShard:
 
         self.rows = Rows()
         self._lines: list[str] = []
-        self._file = _Sink(path.open("wb"))
+        self._file = _Sink(path.open("wb", buffering=_BUFFER))
         self._writer = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
         self._writer.tarstream.format = TAR_FORMAT  # it takes an argument for this and does not pass it on
+        self._writer.tarstream.copybufsize = _BUFFER  # or each image is copied in pieces of 16 KiB
 
     def __enter__(self) -> "TarShard":
         return self
