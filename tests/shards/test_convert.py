@@ -266,7 +266,11 @@ def test_convert__full_disk_stops_in_one_line_and_goes_on(
 def test_convert__interrupted_stops_soon(pixels: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     process = subprocess.Popen(
-        [*COMMAND, str(pixels), str(out), "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*COMMAND, str(pixels), str(out), "--workers", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell's background job
     )
     deadline = time.monotonic() + 60
     while not list((out / ".convert" / "drafts").glob("*.tar")):

@@ -49,7 +49,13 @@ def start(source: Path, out: Path) -> subprocess.Popen[str]:
     """Starts a conversion in a session of its own."""
     command = [Path(sys.executable).with_name("maestri"), "shards", "convert", source, out]
     command += ["--workers", "2", "--shard-bytes", str(SHARD_BYTES)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, start_new_session=True, preexec_fn=heed_ctrl_c)
+
+
+def heed_ctrl_c() -> None:
+    """Undoes what a shell does to commands in the background: they, and all that they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def members(session: int) -> list[int]:
