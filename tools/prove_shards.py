@@ -95,7 +95,7 @@ def kills(folder: Path, count: int, dice: random.Random) -> Iterable[str]:
     out = folder / "killed"
     while done < count:
         rounds += 1
-        code = ended(start(source, out, 2), dice.uniform(0.05, 1.0) * whole / 2)
+        code = ended(start(source, out, 2), dice.uniform(0.05, 1.0) * whole)
         if code is None:
             done += 1
             continue
