@@ -160,6 +160,8 @@ def _store_jpeg(source: bytes, header: JpegHeader, check: str, form: _Form) -> S
     if shrunk_size(header.width, header.height, form.resize_shorter) != (header.width, header.height):
         try:
             pixels = decode_for(data, header, form.resize_shorter)
+        except MemoryError:
+            raise
         except Exception as error:  # a header that was trusted
             raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
         return _encoded(pixels, header.orientation, form, size=(header.width, header.height), is_jpeg=True)
@@ -231,6 +233,8 @@ def _fixed(source: bytes, form: _Form) -> StoredImage | None:
             if pixels is None:
                 return None
             return _encoded(pixels, orientation, form, stored=FIXED, is_jpeg=source[:2] == _JPEG_START)
+    except MemoryError:  # says nothing about the image
+        raise
     except Exception:  # the image stays as bad as it was found to be
         return None
 

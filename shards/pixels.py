@@ -109,6 +109,8 @@ def decode_tolerantly(data: bytes, open_image: Callable[[bytes], Image.Image]) -
     for way in (_decode_jpeg, lambda damaged: _decode_with_pillow(damaged, open_image)):
         try:
             pixels = way(data)
+        except MemoryError:  # says nothing about the image
+            raise
         except Exception:  # Pillow's formats raise nearly anything on damaged files
             continue
         if any(low != high for low, high in np.atleast_2d(pixels.getextrema())):

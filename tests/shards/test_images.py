@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maestri.shards import pixels
+from maestri.shards import images, pixels
 from maestri.shards.images import FORMATS, KEPT, MENDED, TRANSCODED, BadImage, store
 
 Encode = Callable[..., bytes]
@@ -265,3 +265,21 @@ def test_store__counts_no_scans_where_there_are_none(make_jpeg: Encode) -> None:
         source = make_jpeg(**options)
         for data in (source + b"\xff\xda" * 1000, source[:2] + b"\xff\xfe\x07\xd2" + b"\xff\xda" * 1000 + source[2:]):
             assert store(data).data == data
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [("_decode_jpeg", {"mend": True}), ("_encoded", {"mend": True}), ("decode_for", {"resize_shorter": 8})],
+)
+def test_store__too_little_memory_is_no_damage(
+    make_jpeg: Encode, monkeypatch: pytest.MonkeyPatch, function: str, options: dict
+) -> None:
+    """An image that would be quarantined for it would be lost, though nothing is wrong with it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pixels if function == "_decode_jpeg" else images, function, fail)
+    whole = make_jpeg(200, 200, quality=98)
+    with pytest.raises(MemoryError):
+        store(whole if "resize_shorter" in options else whole[: len(whole) // 2], **options)
