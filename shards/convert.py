@@ -4,14 +4,17 @@ A shard is a fixed range of the shuffled source, so its bytes depend neither on 
 earlier attempt stopped.  Finished shards are kept; the manifest is written last and makes the set whole.
 """
 
+import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from maestri.shards import worker
+from maestri.shards.ahead import Checks, Remainder
 from maestri.shards.byte_size import ByteSize
 from maestri.shards.classes import class_names_of
 from maestri.shards.disk_space import require_space
@@ -21,7 +24,16 @@ from maestri.shards.finish import finish
 from maestri.shards.journal import Journal
 from maestri.shards.listing import Listing
 from maestri.shards.manifest import Manifest
-from maestri.shards.parallel import Progress, Report, in_processes, silent, worker_context
+from maestri.shards.parallel import (
+    Progress,
+    Report,
+    Spare,
+    in_processes,
+    nothing,
+    prepare_workers,
+    silent,
+    worker_context,
+)
 from maestri.shards.plan import cut, cut_by_count, in_order, recipe_of, shuffled
 from maestri.shards.shard_set import ShardSet
 from maestri.shards.sources import Source, open_source
@@ -159,6 +171,8 @@ def convert_source(
         raise ShardError(f"{out} lies inside the source {source.path}; choose a folder outside of it")
     try:
         with Journal(out, config.formats, part=config.part) as journal:
+            if not journal.is_whole():
+                prepare_workers()
             _stage(source, journal, config)
             listing = source.listing()
             wanted = class_names or (class_names_of(config.classes) if config.classes else None)
@@ -231,10 +245,14 @@ class _Plan:
     def num_bytes_of(self, numbers: Sequence[int]) -> int:
         return sum(self.num_bytes(number) for number in numbers)
 
+    def samples(self, number: int, first: int, last: int) -> Listing:
+        """Returns some of a shard's samples, from one of them to before another."""
+        start = self.bounds[number]
+        return self.listing.take(self.order[start + first : start + last])
+
     def task(self, number: int) -> Task:
-        first, last = self.bounds[number], self.bounds[number + 1]
-        samples = self.listing.take(self.order[first:last])
-        return Task(name=self.name(number), number=number, first_sample=int(first), samples=samples)
+        samples = self.samples(number, 0, self.num_samples(number))
+        return Task(name=self.name(number), number=number, first_sample=int(self.bounds[number]), samples=samples)
 
 
 def _mine(plan: _Plan, config: ConvertConfig) -> range:
@@ -332,24 +350,45 @@ def _write_shards(source: Source, journal: Journal, plan: _Plan, config: Convert
         return
     if _minds_space(config):
         require_space(journal.out, num_bytes * len(config.formats))
-    num_workers = min(config.workers, len(waiting))
+    checks_images = config.check == "decode"
     names = in_processes(
         worker.run,
         ((plan.task(number),) for number in waiting),
-        workers=num_workers,
+        workers=config.workers if checks_images else min(config.workers, len(waiting)),
         counters=counters,
         initializer=worker.start,
         initargs=(source, journal.paths_only(), _storing(config), counters),
         tell=tell,
-        died_at=lambda: _names_at(counters, plan),
+        spare=_checks_ahead(journal, plan, counters) if checks_images else nothing,
+        died_at=lambda: _names_at(journal, plan, counters),
     )
     for _ in names:
         pass  # shards stay where they were put
 
 
-def _names_at(counters: Counters, plan: _Plan) -> str:
+def _checks_ahead(journal: Journal, plan: _Plan, counters: Counters) -> Spare:
+    """Returns a function that gives an idle worker images of unfinished shards to check."""
+    remainder = Remainder(counters.entered, plan.num_samples, plan.samples)
+
+    def spare() -> Callable[[], None] | None:
+        piece = remainder.take()
+        if piece is None:
+            return None
+        checks = journal.checks(plan.name(piece.task))
+        checks.touch()
+        counters.help(piece.task)
+        return functools.partial(worker.check, piece, checks)
+
+    return spare
+
+
+def _names_at(journal: Journal, plan: _Plan, counters: Counters) -> str:
     """Returns the images that workers were at, as part of a sentence."""
-    names = [plan.task(number).samples.names[sample] for number, sample in counters.entered()]
+    entered = counters.entered()
+    for number, _ in counters.entered():
+        with suppress(FileNotFoundError), Checks(journal.checks(plan.name(number))) as checks:
+            entered += [(number, sample) for sample in checks.looked_at()]
+    names = [plan.samples(number, sample, sample + 1).names[0] for number, sample in entered]
     if not names:
         return ""
     return f" at {', '.join(names[:-1])}{' or ' if len(names) > 1 else ''}{names[-1]}"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from maestri.shards.jpeg import JpegHeader, NotPlain, parse_header
+from maestri.shards.jpeg import JpegHeader, NotPlain, parse_header, read_header
 from maestri.shards.jpeg_damage import MAX_SCANS, count_scans, find_damage
 from maestri.shards.pixels import (
     decode_for,
@@ -115,6 +115,17 @@ def store(
         if mend and not isinstance(error, _TooCostly) and (fixed := _fixed(source, form)):
             return fixed
         raise
+
+
+def is_whole_jpeg(source: bytes) -> bool:
+    """Returns whether a file's bytes are a plain JPEG in which decoding finds no damage.
+
+    Of such bytes, ``store`` makes the same with ``check="header"`` as with ``check="decode"``.
+    """
+    header = read_header(source)
+    if header is None or header.is_rgb or not header.has_end or header.width * header.height > MAX_PIXELS:
+        return False
+    return count_scans(source, header) <= MAX_SCANS and not find_damage(source, header)
 
 
 def _store_file(source: bytes, check: str, form: _Form) -> StoredImage:

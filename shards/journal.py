@@ -123,6 +123,10 @@ class Journal:
         """Returns the path of a shard."""
         return self.folder(form) / f"{name}.{form}"
 
+    def checks(self, name: str) -> Path:
+        """Returns the path of what other processes than a shard's writer find out about its images."""
+        return self.drafts / f"{name}.checks"
+
     def finished(self) -> set[str]:
         """Returns the names of shards that are in place in every format, and of those without an image."""
         found = []

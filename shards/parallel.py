@@ -2,12 +2,14 @@
 
 import itertools
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
 
@@ -44,10 +46,16 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+Spare = Callable[[], Callable[[], object] | None]
+"""Returns work for a worker that has none, picklable; None where there is none."""
 
 
 def silent(progress: Progress) -> None:
     """Tells nobody."""
+
+
+def nothing() -> None:
+    """Has no work to spare."""
 
 
 def over_shards(
@@ -84,6 +92,16 @@ def worker_context() -> ForkServerContext:
     return context
 
 
+def prepare_workers() -> None:
+    """Lets the process that workers are forked from import what they need, while this one does something else."""
+    worker_context()
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is this process's matter
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+
+
 def in_processes(
     function: Callable[..., _Result],
     arguments: Iterable[tuple[Any, ...]],
@@ -93,6 +111,7 @@ def in_processes(
     initializer: Callable[..., None],
     initargs: tuple[Any, ...],
     tell: Callable[[], None],
+    spare: Spare = nothing,
     died_at: Callable[[], str] = str,
 ) -> Iterator[_Result]:
     """Yields a function's results in the order of its arguments; the first failure ends it all at once.
@@ -105,6 +124,7 @@ def in_processes(
         initializer: called in each new process, with ``initargs``.
         initargs: for ``initializer``.
         tell: called about five times a second, and at the end.
+        spare: asked for other work where a worker would wait for others; nobody waits for what comes of it.
         died_at: returns where workers were, as part of a sentence, when one has died.
 
     Raises:
@@ -113,6 +133,7 @@ def in_processes(
     """
     waiting = iter(arguments)
     futures: deque[Future[_Result]] = deque()
+    extra: list[Future[Any]] = []
     pool = ProcessPoolExecutor(workers, mp_context=worker_context(), initializer=initializer, initargs=initargs)
     try:
         while True:
@@ -121,13 +142,18 @@ def in_processes(
             futures.extend(pool.submit(function, *one) for one in itertools.islice(waiting, max(free, 0)))
             if not futures:
                 break
-            unfinished = [future for future in futures if not future.done()]
+            unfinished: list[Future[Any]] = [future for future in futures if not future.done()]
+            while len(unfinished) + len(extra) < workers and (work := spare()) is not None:
+                extra.append(pool.submit(work))
             if unfinished and not futures[0].done():
-                wait(unfinished, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
+                wait([*unfinished, *extra], timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
             tell()
             for future in futures:
                 if future.done():
                     future.result()  # raises what it failed with
+            for future in [future for future in extra if future.done()]:
+                future.result()
+                extra.remove(future)
             while futures and futures[0].done():
                 yield futures.popleft().result()
     except BrokenProcessPool:

@@ -33,6 +33,7 @@ class TarShard:
         self._writer = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
         self._writer.tarstream.format = TAR_FORMAT  # it takes an argument for this and does not pass it on
         self._writer.tarstream.copybufsize = _BUFFER  # or each image is copied in pieces of 16 KiB
+        self._writer.tarstream.fileobj = self._file  # or tarfile's own stream copies its rest anew every 10 KiB
 
     def __enter__(self) -> "TarShard":
         return self

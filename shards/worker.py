@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from maestri.shards.ahead import Checks, Piece
 from maestri.shards.beton_shard import BetonShard
 from maestri.shards.errors import ShardError
 from maestri.shards.files import sync, write_atomically
-from maestri.shards.images import MAX_PIXELS, BadImage, StoredImage, store
+from maestri.shards.images import MAX_PIXELS, BadImage, StoredImage, is_whole_jpeg, store
 from maestri.shards.journal import QUARANTINE, Journal
 from maestri.shards.listing import Listing
 from maestri.shards.rows import Sample
@@ -67,6 +68,7 @@ class Counters:
         """All zero."""
         self._counts = context.RawArray("q", 3 * num_tasks)
         self._at = context.RawArray("q", num_tasks)
+        self._helped = context.RawArray("b", num_tasks)
         self._stop = context.RawValue("b", 0)
 
     def add(self, task: int, *, images: int, size: int, bad: int) -> None:
@@ -83,10 +85,22 @@ class Counters:
         """Says at which of its samples a task is; -1 for none."""
         self._at[task] = sample + 1
 
+    def at(self, task: int) -> int:
+        """Returns at which of its samples a task is; -1 for none."""
+        return int(self._at[task]) - 1
+
     def entered(self) -> list[tuple[int, int]]:
         """Returns tasks that are at a sample, and at which: after a worker's death, one of them was its end."""
         at = np.frombuffer(self._at, np.int64)
         return [(task, int(at[task]) - 1) for task in np.flatnonzero(at).tolist()]
+
+    def help(self, task: int) -> None:
+        """Says that other processes check images of a task ahead of it."""
+        self._helped[task] = 1
+
+    def is_helped(self, task: int) -> bool:
+        """Returns whether other processes check images of a task ahead of it."""
+        return bool(self._helped[task])
 
     def stop(self) -> None:
         """Asks all workers to stop."""
@@ -148,7 +162,7 @@ def run(task: Task) -> str:
             for form, draft in drafts.items():
                 shards[form] = _shard(form, draft, task)
                 stack.enter_context(shards[form])
-            for sample in _samples(task, bad):
+            for sample in _samples(task, bad, stack.enter_context(_ChecksOf(task))):
                 for shard in shards.values():
                     shard.add(sample)
         tar = shards.get("tar")
@@ -168,11 +182,31 @@ def run(task: Task) -> str:
         for form in sorted(drafts):  # as Journal.files_of has them
             drafts[form].replace(journal.shard(form, task.name))
     finally:
-        for draft in drafts.values():
+        for draft in (*drafts.values(), journal.checks(task.name)):
             draft.unlink(missing_ok=True)
     for form in journal.formats:
         sync(journal.folder(form))
     return task.name
+
+
+def check(piece: Piece, checks_path: Path) -> None:
+    """Checks images ahead of the process that writes their shard, to which anything but a whole JPEG is left."""
+    source: Source = _state["source"]
+    counters: Counters = _state["counters"]
+    samples = piece.samples
+    with suppress(OSError), Checks(checks_path) as checks:  # the shard is finished, or its writer meets the same
+        for at, (name, place) in enumerate(zip(samples.names, samples.places, strict=True), piece.first):
+            writer_at = counters.at(piece.task)
+            if counters.is_stopped or writer_at < 0:
+                return
+            if writer_at >= at:
+                continue
+            checks.begin(at)
+            whole = None
+            with suppress(BadImage, MemoryError, OSError):
+                found = source.load(name, place)
+                whole = found if isinstance(found, bytes) and is_whole_jpeg(found) else None
+            checks.end(at, whole)
 
 
 def _shard(form: str, draft: Path, task: Task) -> TarShard | BetonShard:
@@ -183,7 +217,7 @@ def _shard(form: str, draft: Path, task: Task) -> TarShard | BetonShard:
     return BetonShard(draft, num_classes=len(class_names) if several else 0, class_names=class_names)
 
 
-def _samples(task: Task, bad: list[dict[str, str]]) -> Iterator[Sample]:
+def _samples(task: Task, bad: list[dict[str, str]], checks: "_ChecksOf") -> Iterator[Sample]:
     """Yields the shard's good samples; bad ones are kept aside and listed."""
     source: Source = _state["source"]
     counters: Counters = _state["counters"]
@@ -197,7 +231,7 @@ def _samples(task: Task, bad: list[dict[str, str]]) -> Iterator[Sample]:
         counters.enter(task.number, at)
         try:
             found = source.load(name, samples.places[at])
-            image = _stored(found, storing)
+            image = _stored(found, storing, is_whole=checks.has(at, found))
             if facts is not None and isinstance(found, bytes) and image.data == found:
                 kind, orientation = facts(samples.places[at])
                 image = replace(image, stored=kind, orientation=orientation)
@@ -215,10 +249,34 @@ def _samples(task: Task, bad: list[dict[str, str]]) -> Iterator[Sample]:
     counters.enter(task.number, -1)
 
 
-def _stored(found: Any, storing: Storing) -> StoredImage:
+class _ChecksOf:
+    """What other processes know about a shard's images, once there is any."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._checks: Checks | None = None
+
+    def __enter__(self) -> "_ChecksOf":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._checks is not None:
+            self._checks.close()
+
+    def has(self, at: int, found: Any) -> bool:
+        """Returns whether another process has found an image's bytes to be whole."""
+        counters: Counters = _state["counters"]
+        if not counters.is_helped(self._task.number) or not isinstance(found, bytes):
+            return False
+        if self._checks is None:
+            self._checks = Checks(_state["journal"].checks(self._task.name))
+        return self._checks.has(at, found)
+
+
+def _stored(found: Any, storing: Storing, *, is_whole: bool) -> StoredImage:
     return store(
         found,
-        check=storing.check,
+        check="header" if is_whole else storing.check,
         mend=storing.bad == "fix",
         lossless=storing.lossless,
         resize_shorter=storing.resize_shorter,

@@ -83,16 +83,20 @@ def _convert_splits(source: Path, out: Path, config: ConvertConfig) -> dict[Path
     if config.labels is not None:
         raise ShardError("--labels is for one split; convert each by its own command, with --classes")
     opened = {split: conversion.opened(source, replace(config, split=split)) for split in splits}
-    if any(hasattr(one, "stage") for one in opened.values()):
-        raise ShardError(f"--split takes one name for {source}; convert each split by its own command, with --classes")
     if config.classes:
         class_names = class_names_of(config.classes)
     else:
-        class_names = common([one.listing().class_names for one in opened.values()])
+        class_names = common([_class_names_of(one) for one in opened.values()])
     return {
         out / split: _convert_one(one, out / split, replace(config, split=split), class_names or None)
         for split, one in opened.items()
     }
+
+
+def _class_names_of(source: Source) -> tuple[str, ...]:
+    early = getattr(source, "class_names", None)
+    found: tuple[str, ...] = early() if early is not None else source.listing().class_names
+    return found
 
 
 def _convert_one(

@@ -14,10 +14,11 @@ class Source(Protocol):
     """Something that can be converted.
 
     It is pickled into worker processes, so it is small: what belongs to single images is in the listing, of which a
-    worker gets the part that it needs.  Three more methods are optional.  ``stage(folder)`` comes before ``listing``
+    worker gets the part that it needs.  Four more methods are optional.  ``stage(folder)`` comes before ``listing``
     where images cannot be read at random: it lays them out in a folder that lasts as long as the conversion, and goes
-    on where it was interrupted; ``bytes_to_stage(folder)`` returns how much that still is.  ``facts(place)`` returns
-    what the bytes of a kept image don't tell: its ``stored`` code and orientation.
+    on where it was interrupted; ``bytes_to_stage(folder)`` returns how much that still is, and ``class_names()`` the
+    listing's, which need no staging.  ``facts(place)`` returns what the bytes of a kept image don't tell: its
+    ``stored`` code and orientation.
     """
 
     @property

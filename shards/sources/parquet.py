@@ -103,6 +103,23 @@ class ParquetSource:
             if not _places_of(spool).exists()
         )
 
+    def class_names(self) -> tuple[str, ...]:
+        """Returns the listing's class names; for them, images need not be staged.
+
+        Raises:
+            ShardError: a file is damaged, or labels are none.
+        """
+        labels: Labels | None = None
+        for file, shown in zip(self.files, short_names(self.files), strict=True):
+            with _Parquet(file, self._image_column, self._label_column) as parquet:
+                if labels is None:
+                    labels = Labels(parquet.columns.class_names or self._class_names)
+                    if parquet.columns.class_names:
+                        break
+                parquet.add_labels(labels, shown, parquet.num_rows)
+        assert labels is not None
+        return labels.columns().class_names
+
     def listing(self) -> Listing:
         """Returns the listing: rows in the files' order; labels are read from the parquet files.
 
@@ -127,8 +144,7 @@ class ParquetSource:
                 table = _read_places(parquet, spool)
                 if table is None:
                     raise ShardError(f"{spool} does not fit {file}; remove it and start again")
-                for row, value in enumerate(parquet.labels(len(table))):
-                    labels.add(value, f"{shown[number]}[{row}]")
+                parquet.add_labels(labels, shown[number], len(table))
             width = len(str(max(len(table) - 1, 0)))
             stem = escaped(shown[number].removesuffix(".parquet"))
             keys.extend(f"{stem}/{row:0{width}d}" for row in range(len(table)))
@@ -228,7 +244,18 @@ class _Parquet:
             for value in column:
                 yield value.as_buffer() if value.is_valid else None
 
-    def labels(self, count: int) -> Iterator[object]:
+    def add_labels(self, labels: Labels, shown: str, count: int) -> None:
+        """Adds each row's labels, none without a column of them.
+
+        Args:
+            labels: to which they are added.
+            shown: what the file is called in errors.
+            count: how many rows there should be.
+        """
+        for row, value in enumerate(self._labels(count)):
+            labels.add(value, f"{shown}[{row}]")
+
+    def _labels(self, count: int) -> Iterator[object]:
         """Yields a label for each row as it is written, None without labels."""
         if not self.columns.label:
             yield from (None for _ in range(count))

@@ -1,8 +1,10 @@
 """Images of every kind that people have, and sets made of them."""
 
+import importlib.util
 import io
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,48 @@ def make_set(source: Path, out: Path, **settings: Any) -> ShardSet:
     """Converts a source with one worker and opens the set."""
     convert(source, out, ConvertConfig(**{"workers": 1, **settings}))
     return ShardSet.open(out)
+
+
+def write_tars(folder: Path, jpegs: list[bytes]) -> Path:
+    """Writes tars as a user of webdataset does, with more members than an image and a label."""
+    import webdataset  # and torch with it: slow, and few tests need it
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with webdataset.ShardWriter(str(folder / "train-%03d.tar"), maxcount=4, verbose=0) as sink:
+        for number, data in enumerate(jpegs):
+            meta = {"width": 1, "label": "not this"}
+            sink.write({"__key__": f"n{9 - number % 10}/im{number:03d}", "jpg": data, "cls": number % 3, "json": meta})
+    return folder
+
+
+def module_beside(name: str) -> ModuleType:
+    """Returns a module that lies beside this file; test folders are no packages."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def load_module() -> Callable[[str], ModuleType]:
+    return module_beside
+
+
+@pytest.fixture(scope="session")
+def make_tars() -> Callable[[Path, list[bytes]], Path]:
+    return write_tars
+
+
+@pytest.fixture
+def jpegs() -> list[bytes]:
+    return [jpeg(20 + number, 30, seed=number) for number in range(10)]
+
+
+@pytest.fixture
+def foreign(jpegs: list[bytes], tmp_path: Path) -> Path:
+    """A folder of three tars that webdataset wrote of ``jpegs``."""
+    return write_tars(tmp_path / "foreign", jpegs)
 
 
 @pytest.fixture(scope="session")

@@ -26,26 +26,6 @@ ReadAll = Callable[[Path], dict[str, bytes]]
 ONE = AdoptConfig(workers=1)
 
 
-def write_shards(folder: Path, jpegs: list[bytes], per_shard: int = 4) -> Path:
-    """Writes tars as a user of webdataset does, with more members than an image and a label."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with webdataset.ShardWriter(str(folder / "train-%03d.tar"), maxcount=per_shard, verbose=0) as sink:
-        for number, data in enumerate(jpegs):
-            meta = {"width": 1, "label": "not this"}
-            sink.write({"__key__": f"n{9 - number % 10}/im{number:03d}", "jpg": data, "cls": number % 3, "json": meta})
-    return folder
-
-
-@pytest.fixture
-def jpegs(make_jpeg: MakeJpeg) -> list[bytes]:
-    return [make_jpeg(20 + number, 30, seed=number) for number in range(10)]
-
-
-@pytest.fixture
-def foreign(jpegs: list[bytes], tmp_path: Path) -> Path:
-    return write_shards(tmp_path / "foreign", jpegs)
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_adopt__rows_are_the_images_in_their_order(
     foreign: Path, jpegs: list[bytes], read_all: ReadAll, workers: int

@@ -19,29 +19,9 @@ from maestri.shards.shard_set import ShardSet
 from maestri.shards.verify import damage
 
 MakeJpeg = Callable[..., bytes]
-MakeFolder = Callable[[Path, dict[str, bytes]], Path]
+MakeTars = Callable[[Path, list[bytes]], Path]
 ReadAll = Callable[[Path], dict[str, bytes]]
 ONE = AdoptConfig(workers=1)
-
-
-def write_shards(folder: Path, jpegs: list[bytes], per_shard: int = 4) -> Path:
-    """Writes tars as a user of webdataset does, with more members than an image and a label."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with webdataset.ShardWriter(str(folder / "train-%03d.tar"), maxcount=per_shard, verbose=0) as sink:
-        for number, data in enumerate(jpegs):
-            meta = {"width": 1, "label": "not this"}
-            sink.write({"__key__": f"n{9 - number % 10}/im{number:03d}", "jpg": data, "cls": number % 3, "json": meta})
-    return folder
-
-
-@pytest.fixture
-def jpegs(make_jpeg: MakeJpeg) -> list[bytes]:
-    return [make_jpeg(20 + number, 30, seed=number) for number in range(10)]
-
-
-@pytest.fixture
-def foreign(jpegs: list[bytes], tmp_path: Path) -> Path:
-    return write_shards(tmp_path / "foreign", jpegs)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +101,11 @@ def test_adopt__out_that_cannot_be_written(foreign: Path) -> None:
         adopt(foreign, Path("/proc/set"), ONE)
 
 
-def test_adopt__killed_in_the_middle_it_leaves_no_set(make_jpeg: MakeJpeg, tmp_path: Path, read_all: ReadAll) -> None:
+def test_adopt__killed_in_the_middle_it_leaves_no_set(
+    make_jpeg: MakeJpeg, make_tars: MakeTars, tmp_path: Path, read_all: ReadAll
+) -> None:
     jpegs = [make_jpeg(1500, 1100, seed=number) for number in range(60)]
-    foreign = write_shards(tmp_path / "foreign", jpegs)
+    foreign = make_tars(tmp_path / "foreign", jpegs)
     command = [sys.executable, "-c", "import sys; from maestri.cli.main import main; sys.exit(main(sys.argv[1:]))"]
     command += ["shards", "index", str(foreign), str(tmp_path / "set"), "--workers", "2"]
     for seconds in (0.3, 1.0):

@@ -1,9 +1,9 @@
 """Damaged and hostile ``.beton`` files."""
 
-import importlib.util
 import os
 import random
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,26 +19,19 @@ from maestri.shards.images import BadImage
 from maestri.shards.sources.beton import BetonSource
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("beton_mutations", Path(__file__).with_name("beton_mutations.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mutations = _load()
+@pytest.fixture(scope="module")
+def mutations(load_module: Callable[[str], ModuleType]) -> ModuleType:
+    return load_module("beton_mutations")
 
 
 @pytest.fixture(scope="module", params=[0, 5], ids=["one label", "several labels"])
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(mutations: ModuleType, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("beton") / "whole.beton"
     mutations.example(path, request.param)
     return path
 
 
-def test_readers__mutations_are_refused_or_harmless(tmp_path: Path) -> None:
+def test_readers__mutations_are_refused_or_harmless(mutations: ModuleType, tmp_path: Path) -> None:
     assert list(mutations.problems(tmp_path, 600)) == []
 
 

@@ -311,7 +311,7 @@ def test_convert__image_too_large_for_the_memory_is_named(images: Path, monkeypa
     listing = source.listing()
     task = worker.Task(name="shard-00002", number=2, first_sample=0, samples=listing)
     with pytest.raises(ShardError, match="not enough memory") as caught:
-        list(worker._samples(task, []))
+        list(worker._samples(task, [], worker._ChecksOf(task)))
     assert str(caught.value).startswith(listing.names[0])
     assert counters.entered() == [(2, 0)]
 

@@ -1,6 +1,5 @@
 """Damaged manifests and indexes: clear errors or right images, and nothing else."""
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -21,15 +20,6 @@ from maestri.shards.stats import stats
 from maestri.shards.verify import damage
 
 
-def load(name: str) -> ModuleType:
-    """Returns a module that lies beside this file; test folders are no packages."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def edit(folder: Path, path: tuple[str | int, ...], value: Any) -> None:
     """Replaces a value of a set's manifest."""
     stored = json.loads((folder / "manifest.json").read_text())
@@ -44,9 +34,11 @@ def repack(folder: Path, out: Path) -> int:
     return repack_command(folder, out, config=RepackConfig(workers=1))
 
 
-def test_open__damaged_manifest_or_index_is_a_clear_error(whole: Path, tmp_path: Path) -> None:
+def test_open__damaged_manifest_or_index_is_a_clear_error(
+    whole: Path, tmp_path: Path, load_module: Callable[[str], ModuleType]
+) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "set"))
-    assert list(load("set_mutations").problems(folder, 1000)) == []
+    assert list(load_module("set_mutations").problems(folder, 1000)) == []
 
 
 WRONG: dict[str, tuple[tuple[str | int, ...], Any, str]] = {

@@ -1,10 +1,8 @@
 """What a strict decode finds, and what it leaves alone."""
 
-import importlib.util
 import io
 from collections.abc import Callable
 from importlib.resources import files
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from maestri.shards.images import KEPT, BadImage, store
+from maestri.shards.images import KEPT, BadImage, is_whole_jpeg, store
 from maestri.shards.jpeg import read_header
 from maestri.shards.jpeg_damage import find_damage
 
@@ -25,16 +23,9 @@ KINDS: dict[str, dict] = {
 }
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("jpeg_mutations", Path(__file__).with_name("jpeg_mutations.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mutations = _load()
+@pytest.fixture(scope="module")
+def mutations(load_module: Callable[[str], ModuleType]) -> ModuleType:
+    return load_module("jpeg_mutations")
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +164,11 @@ def test_find_damage__takes_meaningless_scan_parameters(encode: Encode, photo: I
     assert damage(odd[: len(odd) // 2] + b"\xff\xd9")
 
 
-def test_store__damaged_jpegs_end_in_bad_image_or_decode() -> None:
+def test_store__damaged_jpegs_end_in_bad_image_or_decode(mutations: ModuleType) -> None:
     assert list(mutations.problems(600)) == []
 
 
-def test_mutants__are_many_and_the_same_each_time() -> None:
+def test_mutants__are_many_and_the_same_each_time(mutations: ModuleType) -> None:
     first, second = (list(mutations.mutants(300, seed=5)) for _ in range(2))
     assert first == second
     plain = sum(read_header(data) is not None for _, data in first)
@@ -192,3 +183,22 @@ def _is_stored(data: bytes) -> bool:
     except BadImage:
         return False
     return True
+
+
+def test_is_whole_jpeg__store_then_makes_the_same_without_decoding(mutations: ModuleType) -> None:
+    found = {True: 0, False: 0}
+    for _, data in mutations.mutants(600, seed=1):
+        whole = is_whole_jpeg(data)
+        found[whole] += 1
+        if whole:
+            assert store(data, check="header") == store(data, check="decode")
+    assert min(found.values()) > 20, "neither all nor none"
+
+
+def test_is_whole_jpeg__other_images_are_none(encode: Encode, photo: Image.Image) -> None:
+    assert is_whole_jpeg(encode(photo))
+    for kind in ("PNG", "WEBP"):
+        assert not is_whole_jpeg(encode(photo, kind))
+    assert not is_whole_jpeg(encode(photo.convert("CMYK")))
+    assert not is_whole_jpeg(encode(photo)[:-2]), "its end marker is missing"
+    assert not is_whole_jpeg(b"")

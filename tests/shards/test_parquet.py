@@ -9,15 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
+from maestri.shards import cli
 from maestri.shards.convert import ConvertConfig, Progress, convert
 from maestri.shards.errors import ShardError
 from maestri.shards.images import BadImage
 from maestri.shards.listing import Listing
 from maestri.shards.merge import merge
+from maestri.shards.shard_set import ShardSet
 from maestri.shards.sources.parquet import ParquetSource
 
 Jpeg = Callable[..., bytes]
@@ -314,6 +317,57 @@ def test_listing__splits(tmp_path: Path) -> None:
         ParquetSource(tmp_path)
     source, listing = staged(tmp_path, tmp_path / "spool", split="test")
     assert images_of(source, listing) == [b"test-0"]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "features", "expected"),
+    [
+        ([0, 2, 1], [1, 1], CLASSES, ["cat", "dog", "eel"]),
+        ([0, 3, 1], [1, 1], {}, ["0", "1", "2", "3"]),
+        (["ant", "cow", "ant"], ["bee", "cow"], {}, ["ant", "bee", "cow"]),
+        ([[0, 2], [], [1]], [[1], [2]], {}, ["0", "1", "2"]),
+        ([None, None, None], [None, None], {}, []),
+    ],
+)
+def test_convert__several_splits_number_classes_alike(
+    tmp_path: Path, jpegs: list[bytes], train: list[Any], val: list[Any], features: dict[str, Any], expected: list[str]
+) -> None:
+    data = tmp_path / "hub" / "data"
+    data.mkdir(parents=True)
+    kind = pa.infer_type(train) if train[0] is not None else pa.int64()
+    for name, images, labels in (
+        ("train-00000-of-00002", jpegs[:2], train[:2]),
+        ("train-00001-of-00002", jpegs[2:3], train[2:]),
+        ("validation-00000-of-00001", jpegs[3:5], val),
+    ):
+        hf_file(data / f"{name}.parquet", list(images), labels, kind, **features)
+    out = tmp_path / "sets"
+    command = ["convert", str(data.parent), str(out), "--split", "train,validation", "--workers", "1", "--seed", "-1"]
+    assert cli.run(command) == 0
+    for split, images, labels in (("train", jpegs[:3], train), ("validation", jpegs[3:5], val)):
+        with ShardSet.open(out / split) as shard_set:
+            assert list(shard_set.manifest.class_names) == expected
+            assert shard_set.read_checked(np.arange(len(images))) == images
+            for row, label in enumerate(labels):
+                wanted = [] if label is None else label if isinstance(label, list) else [label]
+                wanted = [expected[one] if isinstance(one, int) else one for one in wanted]
+                assert [expected[one] for one in shard_set.labels_of(row)] == wanted
+    assert not list(out.rglob(".convert"))
+    assert cli.run(command) == 0, "it is whole, and stays"
+
+
+def test_class_names__need_no_staging_and_read_no_labels_where_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_file(tmp_path / "a.parquet", [b"1", b"2"], ["x", "b"], pa.string())
+    hf_file(tmp_path / "b.parquet", [b"3"], ["a"], pa.string())
+    assert ParquetSource(tmp_path).class_names() == staged(tmp_path, tmp_path / "spool")[1].class_names
+    with pytest.raises(ShardError, match=r"b\.parquet\[0\]: 'a' is none of the 2 classes"):
+        ParquetSource(tmp_path, class_names=("b", "x")).class_names()
+    (tmp_path / "named").mkdir()
+    named = hf_file(tmp_path / "named" / "c.parquet", [b"1"], [1], **CLASSES)
+    monkeypatch.setattr("maestri.shards.sources.parquet.Labels.add", lambda *_: pytest.fail("labels were read"))
+    assert ParquetSource(named).class_names() == ("cat", "dog", "eel")
 
 
 def test_source__without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
