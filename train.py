@@ -37,6 +37,7 @@ from maestri.evals.report import table as knn_table
 from maestri.evals.run import can_judge, check_images, judge, live_encoders
 from maestri.model.build import build_method
 from maestri.model.method import Method
+from maestri.pipelines.ahead import LoaderStuck
 from maestri.pipelines.batch import Batch
 from maestri.pipelines.loader import Loader
 from maestri.pipelines.reader import TooManyBadSamples
@@ -265,7 +266,7 @@ def main(arguments: list[str]) -> NoReturn:
     except RunError as error:
         complain(error, rank=rank, on_all_ranks=True, trace=config.logging.verbose)
         distributed.leave(EXIT_FAILED, orderly=True)
-    except (ValueError, OSError, TooManyBadSamples) as error:
+    except (ValueError, OSError, TooManyBadSamples, LoaderStuck) as error:
         complain(error, rank=rank, on_all_ranks=False, trace=config.logging.verbose)
         distributed.leave(EXIT_FAILED, orderly=False)
     except Exception as error:

@@ -18,8 +18,11 @@ MAY_CHANGE = (
     "logging",
     "data.shards",  # the loader's state names the set itself, so only its folder may change
     "data.num_threads",
+    "data.read_threads",
     "data.prefetch",
+    "data.hardware_decoder",
     "data.max_bad",
+    "data.timeout",
     "data.test_shards",
     "engine.threads",
     "engine.timeout_minutes",
@@ -201,13 +204,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least("run", self, 1, "steps")
         _at_least("run", self, 0, "seed")
-        if self.views.size % self.encoder.patch:
-            raise ValueError(
-                f"views.size is {self.views.size}; it must be a multiple of encoder.patch ({self.encoder.patch})"
-            )
-        num_tokens = (self.views.size // self.encoder.patch) ** 2
-        num_masked = num_hidden(self.views.mask_ratio, num_tokens)
-        check_views(self.method, num_views=self.views.count, num_masked=num_masked)
+        views, patch = self.views, self.encoder.patch
+        for name, size in (("size", views.size), *((("local.size", views.local.size),) if views.local.count else ())):
+            if size % patch:
+                raise ValueError(f"views.{name} is {size}; it must be a multiple of encoder.patch ({patch})")
+        check_views(
+            self.method,
+            num_views=views.count,
+            num_local=views.local.count,
+            num_masked=num_hidden(views.mask.ratio, (views.size // patch) ** 2) if views.mask.constant_count else None,
+            corrupted=views.corruption.corrupts,
+        )
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

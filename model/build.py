@@ -24,19 +24,38 @@ class MethodConfig:
     """MAE."""
 
 
-def check_views(config: MethodConfig, *, num_views: int, num_masked: int) -> None:
-    """Checks that the views carry what the method needs.
+def check_views(
+    config: MethodConfig, *, num_views: int, num_local: int = 0, num_masked: int | None, corrupted: bool = False
+) -> None:
+    """Checks that the views carry what the method needs, and nothing that it would ignore.
+
+    Args:
+        config: the method.
+        num_views: global views of a sample.
+        num_local: local views of a sample.
+        num_masked: tokens that a view hides; None where views hide different numbers.
+        corrupted: whether views have corrupted twins.
 
     Raises:
-        ValueError: cross-view labels with one view, or nothing hidden where hidden tokens are predicted.
+        ValueError: cross-view labels with one view, nothing or varying numbers hidden where hidden tokens are
+            predicted, or views that the method has no use for.
     """
     plmae = config.name == "plmae"
     if plmae and config.plmae.class_level.weight and config.plmae.class_pairs == "cross" and num_views < 2:
         raise ValueError(
             f"views.count is {num_views}; method.plmae.class_pairs: cross needs at least 2 (or set class_pairs: same)"
         )
+    if num_local:
+        raise ValueError(f"views.local.count is {num_local}; method {config.name} has no use for local views")
+    if corrupted:
+        raise ValueError(f"views.corruption.coverage is above 0; method {config.name} hides tokens, see views.mask")
+    if num_masked is None:
+        raise ValueError(
+            f"views.mask.spread and views.mask.unmasked must be 0: method {config.name} encodes visible tokens alone, "
+            "equally many in each view"
+        )
     if num_masked < 1 and (not plmae or config.plmae.uses_decoder):
-        raise ValueError("views.mask_ratio hides no token, but the method predicts hidden tokens; raise it")
+        raise ValueError("views.mask.ratio hides no token, but the method predicts hidden tokens; raise it")
 
 
 def build_method(config: MethodConfig, encoder: EncoderConfig, *, image_size: int, num_steps: int, seed: int) -> Method:

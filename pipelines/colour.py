@@ -1,4 +1,4 @@
-"""Colour jitter: how much each view's brightness, contrast, saturation and hue are changed.
+"""Colour jitter: how much each view's brightness, contrast, saturation and hue are changed, and which turn grey.
 
 A colour is changed by one linear map, and not by torchvision's four steps in random order with rounding between them:
 contrast pulls towards mid-grey (128) rather than the image's own mean grey, and hue turns in the YIQ plane.
@@ -29,7 +29,9 @@ class ColourConfig:
     hue: float = 0.0
     """Hue turns by up to this fraction of a full turn, to either side."""
     probability: float = 1.0
-    """That a view's colours are changed at all."""
+    """That a view's brightness, contrast, saturation and hue are changed at all."""
+    grey: float = 0.0
+    """Probability that a view, changed or not, loses its colours: a saturation of 0."""
 
     def __post_init__(self) -> None:
         """Checks ranges.
@@ -37,7 +39,7 @@ class ColourConfig:
         Raises:
             ValueError: a field is out of range.
         """
-        limits = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5, "probability": 1.0}
+        limits = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5, "probability": 1.0, "grey": 1.0}
         for field, most in limits.items():
             if not 0 <= getattr(self, field) <= most:
                 raise ValueError(f"views.colour.{field} is {getattr(self, field)}; expected 0 to {most:g}")
@@ -45,7 +47,8 @@ class ColourConfig:
     @property
     def changes(self) -> bool:
         """Whether anything is ever changed."""
-        return self.probability > 0 and max(self.brightness, self.contrast, self.saturation, self.hue) > 0
+        jitters = self.probability > 0 and max(self.brightness, self.contrast, self.saturation, self.hue) > 0
+        return jitters or self.grey > 0
 
 
 def plan_colour(
@@ -53,14 +56,17 @@ def plan_colour(
 ) -> NDArray[np.float32]:
     """Returns factors of brightness, contrast and saturation, and degrees of hue, float32 ``view batch 4``.
 
-    Each is uniform in its range.  Draw 0 of the generator holds the four, draw 1 whether they count.
+    Each is uniform in its range.  Draw 0 of the generator holds the four, draw 1 whether they count, and whether the
+    view turns grey.
     """
     uniform = as_uniform(random_words(seed, positions, views, Purpose.COLOUR, num_draws=2))
     spread = np.array((config.brightness, config.contrast, config.saturation, config.hue * 360.0))
     unchanged = np.array((1.0, 1.0, 1.0, 0.0))
     drawn = unchanged + (2.0 * uniform[..., 0, :] - 1.0) * spread
     counts = uniform[..., 1, 0] < config.probability
-    return np.where(counts[..., None], drawn, unchanged).astype(np.float32)
+    factors = np.where(counts[..., None], drawn, unchanged)
+    factors[..., 2] *= uniform[..., 1, 1] >= config.grey
+    return factors.astype(np.float32)
 
 
 def colour_map(factors: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

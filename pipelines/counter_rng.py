@@ -26,6 +26,9 @@ class Purpose(IntEnum):
     FLIP = 2
     TOKEN_MASK = 3
     COLOUR = 4
+    BLUR = 5
+    SOLARISE = 6
+    CORRUPTION = 7
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint32]:

@@ -1,230 +1,209 @@
 """The DALI executor: one graph for ``cpu`` and ``gpu`` that carries a plan out and draws nothing itself."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from nvidia.dali import fn
-from nvidia.dali.pipeline import pipeline_def
-from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from maestri.pipelines.reader import Samples
-from maestri.pipelines.views import GroupPlan, ViewPlan
-
-_INTERPOLATION = {"linear": DALIInterpType.INTERP_LINEAR, "cubic": DALIInterpType.INTERP_CUBIC}
-_WINDOW_TYPES: list[Any] = [DALIDataType.INT32, DALIDataType.INT32, DALIDataType.FLOAT, DALIDataType.FLOAT]
-_COLOUR_TYPES: list[Any] = [DALIDataType.FLOAT] * 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlannedBatch:
-    """What the executor is to do: encoded samples and the plan of their views."""
-
-    samples: Samples
-    """Checked samples, ``batch``."""
-    plan: ViewPlan
-    """What is done to each."""
-    position: int
-    """Global position of the first sample."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupShape:
-    """What the graph must know of a group of views before the first batch."""
-
-    count: int
-    """Views of each sample."""
-    size: int
-    """Height and width of a view, in pixels."""
-    has_colour: bool = False
-    """Whether colours are changed."""
-
-
-@pipeline_def
-def view_graph(
-    source: Callable[[int], list[Any]],
-    shapes: Mapping[str, GroupShape],
-    device: Literal["cpu", "gpu"],
-    interpolation: DALIInterpType,
-    antialias: bool,
-) -> tuple[Any, ...]:
-    """Returns the graph: decode once, then for each view cut the window, resize, flip, change colours.
-
-    Outputs are uint8 ``HWC``.
-
-    The flip is free: it is the resize's region with its left and right swapped.
-    """
-    dtypes = [DALIDataType.UINT8]
-    for shape in shapes.values():
-        dtypes += (_WINDOW_TYPES + _COLOUR_TYPES * shape.has_colour) * shape.count
-    encoded, *arguments = fn.external_source(source=source, num_outputs=len(dtypes), batch=True, dtype=dtypes)
-    images = fn.decoders.image(
-        encoded,
-        device="mixed" if device == "gpu" else "cpu",
-        output_type=DALIImageType.RGB,
-        adjust_orientation=False,  # windows, width and height are those of the stored image
-        use_fast_idct=False,  # darkens by 0.7 levels and saves no time
-        jpeg_fancy_upsampling=True,  # chroma of the GPU's decoder as the CPU's
-    )
-    views = []
-    for shape in shapes.values():
-        for _ in range(shape.count):
-            cut_start, cut_shape, region_start, region_end, *arguments = arguments
-            # Cut before resizing: a resize by region alone reads neighbours outside of the window at its edges.
-            window = fn.slice(images, cut_start, cut_shape, axes=[0, 1])
-            view: Any = fn.resize(
-                window,
-                size=[shape.size, shape.size],
-                roi_start=region_start,
-                roi_end=region_end,
-                interp_type=interpolation,
-                antialias=antialias,
-            )
-            if shape.has_colour:
-                brightness, contrast, saturation, hue, *arguments = arguments
-                view = fn.color_twist(view, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
-            views.append(view)
-    return tuple(views)
-
-
-def view_arguments(group: GroupPlan, samples: Samples) -> list[NDArray[Any]]:
-    """Returns the graph's arguments for each view of a group.
-
-    They are the cut's start and shape, the region's start and end (y, x), and what is done to colours, if anything is.
-    """
-    windows: NDArray[Any] = group.windows
-    cut_start: NDArray[Any]
-    cut_shape: NDArray[Any]
-    if windows.dtype == np.int32:
-        cut_start, cut_shape = windows[..., :2], windows[..., 2:]
-        start: NDArray[Any] = np.zeros(cut_start.shape, np.float32)
-        end = cut_shape.astype(np.float32)
-    else:
-        cut_shape = np.broadcast_to(np.stack((samples.heights, samples.widths), -1), (*windows.shape[:2], 2))
-        cut_shape = cut_shape.astype(np.int32)
-        cut_start = np.zeros_like(cut_shape)
-        start = windows[..., :2].copy()
-        end = start + windows[..., 2:]
-    flipped = group.flip
-    start[flipped, 1], end[flipped, 1] = end[flipped, 1], start[flipped, 1]
-    arrays = [cut_start, cut_shape, start, end]
-    if group.colour is not None:
-        arrays += list(np.moveaxis(group.colour, -1, 0))
-    return [np.ascontiguousarray(array[view]) for view in range(len(windows)) for array in arrays]
+from maestri.pipelines.corruption import corrupt
+from maestri.pipelines.dali_graph import INTERPOLATION, batch_arguments, has_conditions, view_graph
+from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, Source
+from maestri.pipelines.views import CORRUPTED
+from maestri.shards.jpeg import read_header
+from maestri.shards.jpeg_damage import find_damage
 
 
 class DaliExecutor:
     """An iterator of (planned batch, its views), a few batches ahead of the caller.
 
     The source is called in the caller's thread, inside ``next``; decoding and resizing run in DALI's threads or on the
-    GPU.  An exception in DALI's callback would lose the batches already under way, so it is kept, the graph is drained,
-    and it is raised where it belongs: after the last good batch.
+    GPU.  A sample that DALI can't decode fails its whole batch and leaves the graph in an undefined state.  Then the
+    samples are tried one by one, the source replaces those that fail, and a new graph is fed again with all that was
+    planned and not handed out.  An exception of the source is raised where it belongs: after the last good batch.
     """
 
-    def __init__(
-        self,
-        source: Callable[[int], PlannedBatch | None],
-        *,
-        shapes: Mapping[str, GroupShape],
-        batch_size: int,
-        device: torch.device,
-        interpolation: Literal["linear", "cubic"],
-        antialias: bool,
-        num_threads: int,
-        prefetch: int,
-    ) -> None:
-        """Describes the graph; it is built, and reading begins, with the first ``next``.
+    def __init__(self, source: Source, options: ExecutorOptions) -> None:
+        """Notes what to do; the graph is built, and reading begins, with the first ``next``.
 
-        Args:
-            source: returns the n-th batch's work, or None past the end.
-            shapes: of the groups of views, in the plan's order.
-            batch_size: the largest number of samples in a batch.
-            device: ``cpu`` or a CUDA device, where decoding runs and the views end up.
-            interpolation: filter of the resize.
-            antialias: whether the filter widens when shrinking.
-            num_threads: CPU threads.
-            prefetch: batches under way ahead of the caller.
+        Raises:
+            ValueError: DALI doesn't run on the device.
         """
+        device = options.device
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"device is {device}; the dali executor runs on cpu or cuda")
+        if device.type == "cuda" and device.index is None:
+            # The current device is a thread's own, and ``next`` may be called in another.
+            device = torch.device("cuda", torch.cuda.current_device())
         self._source = source
-        self._shapes = dict(shapes)
+        self._options = options
+        self._shapes = dict(options.shapes)
         self._device = device
+        self._pipeline: Any = None
         self._planned: deque[PlannedBatch] = deque()
-        self._in_use: deque[tuple[Any, Any]] = deque()
+        """Planned and not handed out, in order."""
+        self._num_fed = 0
+        """How many of these the graph has got."""
+        self._num_asked = 0
+        self._has_ended = False
         self._error: Exception | None = None
-        on_gpu = device.type == "cuda"
-        self._pipeline: Any = view_graph(
-            source=self._feed,
-            shapes=self._shapes,
-            device="gpu" if on_gpu else "cpu",
-            interpolation=_INTERPOLATION[interpolation],
-            antialias=antialias,
-            batch_size=batch_size,
-            num_threads=num_threads,
-            device_id=(device.index if device.index is not None else torch.cuda.current_device()) if on_gpu else None,
-            prefetch_queue_depth=prefetch,
-        )
+        self._is_closed = False
+        self._in_use: deque[tuple[Any, Any]] = deque()
 
     def __iter__(self) -> "DaliExecutor":
         """Returns itself."""
         return self
 
     def __next__(self) -> tuple[PlannedBatch, dict[str, Tensor]]:
-        """Returns the next batch's work and its views, uint8 ``view batch 3 height width`` by group (channels-last)."""
-        if self._pipeline is None:
-            raise self._error or StopIteration
-        try:
-            outputs = self._run()
-        except StopIteration:
-            raise (self._error or StopIteration) from None
-        except RuntimeError as error:
-            rows = self._planned[0].samples.rows.tolist() if self._planned else []
-            self._error = RuntimeError(f"DALI failed on the batch of rows {rows}: {error}")
-            self.close()
-            raise self._error from error
+        """Returns the next batch's work and its views, uint8 ``view batch 3 height width`` by group (channels-last).
+
+        Raises:
+            RuntimeError: DALI failed, and not because of a sample.
+            TooManyBadSamples: the source's budget of bad samples is spent.
+        """
+        outputs = self._next_outputs()
+        planned = self._planned.popleft()
+        self._num_fed -= 1
         views, first = {}, 0
         for name, shape in self._shapes.items():
             views[name] = self._hand_over(outputs[first : first + shape.count])
             first += shape.count
         self._release(outputs)
-        return self._planned.popleft(), views
+        for name, group in planned.plan.groups.items():
+            if group.corruption is not None:
+                views[name + CORRUPTED] = corrupt(views[name], group.corruption, group.token_mask)
+        return planned, views
 
     def close(self) -> None:
         """Ends DALI's threads and frees its memory; can be called twice.  Views handed out stay valid."""
+        self._is_closed = True
+        self._drop_graph()
+        self._planned.clear()
+
+    def _next_outputs(self) -> tuple[Any, ...]:
+        """Returns the graph's outputs for the first of the planned batches."""
+        while not self._is_closed:
+            # Planned here, and not by DALI's callback, so that "DALI" is the time of DALI alone.
+            while len(self._planned) < self._options.prefetch and self._plan_next():
+                pass
+            if not self._planned:
+                break
+            try:
+                if self._pipeline is None:
+                    self._pipeline = self._graph(self._feed, self._options.batch_size, self._options.prefetch)
+                with self._options.stages.at("DALI"):
+                    return self._run(self._pipeline)
+            except RuntimeError as error:
+                self._recover(error)
+        self.close()
+        raise self._error or StopIteration
+
+    def _plan_next(self) -> bool:
+        """Asks the source for another batch; returns False where there is none."""
+        if self._has_ended:
+            return False
+        planned = None
+        try:
+            planned = self._source.plan(self._num_asked)
+        except Exception as error:  # raised after the batches before it
+            self._error = error
+        self._num_asked += 1
+        if planned is None:
+            self._has_ended = True
+            return False
+        self._planned.append(planned)
+        return True
+
+    def _feed(self, _: int) -> list[Any]:
+        """Returns the arguments of the next batch that the graph has not got: DALI's callback."""
+        if self._num_fed == len(self._planned) and not self._plan_next():
+            raise StopIteration
+        arguments = batch_arguments(self._planned[self._num_fed], self._shapes)
+        self._num_fed += 1
+        return arguments
+
+    def _recover(self, error: RuntimeError) -> None:
+        """Has the first batch's undecodable samples replaced; raises the error where it has none."""
+        self._drop_graph()
+        planned = self._planned[0]
+        bad = self._find_bad(planned)
+        if not bad:
+            self._fail(
+                RuntimeError(f"DALI failed on the batch of rows {planned.samples.rows.tolist()}: {error}"), error
+            )
+        try:
+            self._planned[0] = self._source.replace(planned, bad)
+        except Exception as refusal:
+            self._fail(refusal, error)
+
+    def _fail(self, error: Exception, cause: Exception) -> NoReturn:
+        """Closes and raises the error, as each later ``next`` will."""
+        self._error = error
+        self.close()
+        raise error from cause
+
+    def _find_bad(self, planned: PlannedBatch) -> dict[int, str]:
+        """Returns the numbers of the samples that fail in a batch of their own, and why.
+
+        The graph itself is the judge: other decoders refuse other samples, and what is replaced must not depend on
+        which batch a sample is in.
+        """
+        arguments = batch_arguments(planned, self._shapes)
+        rows = planned.samples.rows.tolist()
+        bad: dict[int, str] = {}
+        graph, number = None, 0
+
+        def feed(_: int) -> list[Any]:
+            return [values[number : number + 1] for values in arguments]
+
+        for number, row in enumerate(rows):
+            graph = graph or self._graph(feed, batch_size=1, prefetch=1)
+            try:
+                with self._options.stages.at("DALI", f"row {row}"):
+                    self._run(graph)
+            except RuntimeError as error:
+                bad[number] = _reason(planned.samples.encoded[number].tobytes(), error)
+                graph = None
+        return bad
+
+    def _graph(self, feed: Callable[[int], list[Any]], batch_size: int, prefetch: int) -> Any:
+        """Returns a new graph that gets its arguments from ``feed``."""
+        on_gpu = self._device.type == "cuda"
+        is_one_view = [shape.count for shape in self._shapes.values()] == [1]
+        return view_graph(
+            source=feed,
+            shapes=self._shapes,
+            device="gpu" if on_gpu else "cpu",
+            interpolation=INTERPOLATION[self._options.interpolation],
+            antialias=self._options.antialias,
+            # A window that is resized with its surroundings (float32) needs them decoded.
+            decodes_windows=not on_gpu and is_one_view and self._windows_are_cut(),
+            enable_conditionals=has_conditions(self._shapes),
+            batch_size=batch_size,
+            num_threads=self._options.num_threads,
+            device_id=self._device.index if on_gpu else None,
+            prefetch_queue_depth=prefetch,
+        )
+
+    def _windows_are_cut(self) -> bool:
+        """Returns whether the first planned batch's windows are cut out before the resize."""
+        return all(group.windows.dtype == np.int32 for group in self._planned[0].plan.groups.values())
+
+    def _drop_graph(self) -> None:
+        """Ends the graph; what it was fed and has not returned is to be fed again."""
         while self._in_use:
             self._in_use.popleft()[0].synchronize()
         self._pipeline = None
-        self._planned.clear()
+        self._num_fed = 0
 
-    def _run(self) -> tuple[Any, ...]:
-        """Returns the graph's next outputs, ordered on torch's current stream if they are on a GPU."""
+    def _run(self, graph: Any) -> tuple[Any, ...]:
+        """Returns a graph's next outputs, ordered on this thread's current torch stream if they are on a GPU."""
         if self._device.type == "cpu":
-            return tuple(self._pipeline.run())
-        return tuple(self._pipeline.run(torch.cuda.current_stream(self._device)))
-
-    def _feed(self, index: int) -> list[Any]:
-        """Returns the n-th batch's arguments in the graph's order: DALI's callback."""
-        if self._error is not None:
-            raise StopIteration
-        try:
-            planned = self._source(index)
-        except Exception as error:  # carried to __next__, which raises it
-            self._error = error
-            raise StopIteration from None
-        if planned is None:
-            raise StopIteration
-        arguments: list[Any] = [planned.samples.encoded]
-        for name in self._shapes:
-            arguments += view_arguments(planned.plan.groups[name], planned.samples)
-        self._planned.append(planned)
-        return arguments
+            return tuple(graph.run())
+        return tuple(graph.run(torch.cuda.current_stream(self._device)))
 
     def _hand_over(self, outputs: tuple[Any, ...]) -> Tensor:
         """Returns the views as one tensor ``view batch 3 height width``.
@@ -247,3 +226,14 @@ class DaliExecutor:
         while self._in_use and (len(self._in_use) > 4 or self._in_use[0][0].query()):
             # Waits only where the caller has queued four batches' work without the GPU having begun on the first.
             self._in_use.popleft()[0].synchronize()
+
+
+def _reason(encoded: bytes, error: RuntimeError) -> str:
+    """Returns why DALI failed on a sample, on one line."""
+    text = " ".join(str(error).rpartition("encountered:")[2].partition("Current pipeline")[0].split())
+    if text and "Failed to decode" not in text:
+        return f"DALI: {text}"
+    # DALI says no more than that; the reason is libjpeg's, which it uses on the CPU.
+    header = read_header(encoded)
+    damage = find_damage(encoded, header) if header is not None else ""
+    return f"DALI can't decode it{': ' if damage else ''}{damage}"

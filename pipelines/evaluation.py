@@ -8,9 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maestri.pipelines.dali import DaliExecutor, GroupShape, PlannedBatch
-from maestri.pipelines.reader import CheckedReader
-from maestri.pipelines.views import GLOBAL, plan_center
+from maestri.pipelines.executor import ExecutorOptions, GroupShape, build_executor, choose_executor
+from maestri.pipelines.reader import CheckedReader, Samples
+from maestri.pipelines.source import RowsSource
+from maestri.pipelines.views import GLOBAL, ViewPlan, plan_center
 from maestri.shards.shard_set import ShardSet
 
 
@@ -25,6 +26,7 @@ def evaluation_batches(
     num_threads: int,
     interpolation: Literal["linear", "cubic"] = "cubic",
     max_bad: int = 0,
+    executor: Literal["auto", "dali", "threads"] = "auto",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (images, labels) of the rows in order; the last batch may be short.
 
@@ -34,27 +36,22 @@ def evaluation_batches(
         size: height and width of the images, in pixels.
         crop_fraction: side of the centre crop, as a fraction of the image's shorter side.
         batch_size: images per batch.
-        device: where batches are wanted, and where DALI decodes.
+        device: where batches are wanted.
         num_threads: CPU threads.
         interpolation: filter of the resize; it is always antialiased.
         max_bad: bad samples that are replaced (by the next good row, image and label) before it is an error.
+        executor: what decodes and resizes.
 
     Yields:
         Images, uint8 ``batch 3 height width`` (channels-last), and labels, int64 ``batch``.
     """
-    rows = np.asarray(rows, np.int64)
+
+    def make_plan(samples: Samples) -> ViewPlan:
+        return plan_center(size, crop_fraction=crop_fraction, widths=samples.widths, heights=samples.heights)
+
     reader = CheckedReader(shard_set, num_rows=len(shard_set), max_bad=max_bad)
-
-    def plan(index: int) -> PlannedBatch | None:
-        first = index * batch_size
-        if first >= len(rows):
-            return None
-        samples = reader.read(rows[first : first + batch_size])
-        center = plan_center(size, crop_fraction=crop_fraction, widths=samples.widths, heights=samples.heights)
-        return PlannedBatch(samples=samples, plan=center, position=first)
-
-    executor = DaliExecutor(
-        plan,
+    source = RowsSource(np.asarray(rows, np.int64), reader=reader, make_plan=make_plan, batch_size=batch_size)
+    options = ExecutorOptions(
         shapes={GLOBAL: GroupShape(count=1, size=size)},
         batch_size=batch_size,
         device=device,
@@ -63,9 +60,10 @@ def evaluation_batches(
         num_threads=num_threads,
         prefetch=2,
     )
+    batches = build_executor(choose_executor(executor, device), source, options)
     try:
-        for planned, views in executor:
+        for planned, views in batches:
             labels = torch.from_numpy(np.array(shard_set.label(planned.samples.rows), np.int64))
             yield views[GLOBAL][0], labels.to(device)
     finally:
-        executor.close()
+        batches.close()

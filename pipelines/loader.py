@@ -1,6 +1,8 @@
 """The training loader: an endless iterator of batches whose whole state is a position."""
 
 import time
+from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -9,13 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maestri.pipelines.ahead import Ahead
 from maestri.pipelines.batch import Batch
 from maestri.pipelines.config import DataConfig
-from maestri.pipelines.dali import DaliExecutor, GroupShape, PlannedBatch
+from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, build_executor, choose_executor, group_shapes
 from maestri.pipelines.masks import split_indices
 from maestri.pipelines.order import Order, slice_of
 from maestri.pipelines.reader import CheckedReader
-from maestri.pipelines.views import GLOBAL, ViewsConfig, plan_views
+from maestri.pipelines.selection import identity, select_rows, shard_sizes
+from maestri.pipelines.source import TrainingSource
+from maestri.pipelines.stages import Stages
+from maestri.pipelines.views import GLOBAL, ViewsConfig
 from maestri.shards.shard_set import ShardSet
 
 
@@ -52,11 +58,12 @@ class Loader:
             rank: this process's number.
             world_size: the number of processes.
             global_size: samples per micro-batch over all ranks.
-            num_rows: rows [0, num_rows) are trained on; all but ``config.holdout`` if None.
-            device: where batches are wanted, and where DALI decodes.
+            num_rows: rows [0, num_rows), as far as selected, are trained on; all but ``config.holdout`` if None.
+            device: where batches are wanted.
 
         Raises:
-            ValueError: slices would differ between ranks, no rows are left to train on, or views don't fit patches.
+            ValueError: slices would differ between ranks, no rows are left to train on, a selection that can't be
+                made, or views don't fit patches.
         """
         if num_rows is None:
             num_rows = len(shard_set) - config.holdout
@@ -65,8 +72,10 @@ class Loader:
                 f"{num_rows} rows to train on, of {len(shard_set)} in the data set with data.holdout {config.holdout}; "
                 f"expected 1 to {len(shard_set)}"
             )
-        if patch < 1 or views.size % patch:
-            raise ValueError(f"views.size is {views.size}; expected a multiple of the encoder's patch, {patch}")
+        sizes = {"views.size": views.size} | ({"views.local.size": views.local.size} if views.local.count else {})
+        for name, size in sizes.items():
+            if patch < 1 or size % patch:
+                raise ValueError(f"{name} is {size}; expected a multiple of the encoder's patch, {patch}")
         self._shard_set = shard_set
         self._config = config
         self._views = views
@@ -75,14 +84,35 @@ class Loader:
         self._global_size = global_size
         self._device = device
         self._slice = slice_of(rank, world_size, global_size)
-        self._order = Order(config.order, num_rows=num_rows, seed=seed)
-        self._reader = CheckedReader(shard_set, num_rows=num_rows, max_bad=config.max_bad)
-        self._executor: DaliExecutor | None = None
-        self._start = 0
+        selected = select_rows(shard_set, config.select, num_rows=num_rows)
+        self._selected = identity(selected)
+        num_rows = num_rows if selected is None else len(selected)
+        windowed = config.order.kind == "windowed"
+        self._order = Order(
+            config.order,
+            num_rows=num_rows,
+            seed=seed,
+            shard_sizes=shard_sizes(shard_set, selected, num_rows) if windowed else None,
+        )
+        self._stages = Stages()
+        self._reader = CheckedReader(
+            shard_set,
+            num_rows=num_rows,
+            max_bad=config.max_bad,
+            selected=selected,
+            num_threads=config.read_threads,
+            stages=self._stages,
+        )
+        self._batches: Ahead[Batch] | None = None
         self._position = 0
         self._closed = False
         self.wait_seconds = 0.0
         """Seconds spent inside ``next`` so far: what the training step waited for data."""
+
+    @property
+    def stages(self) -> Stages:
+        """What the loader's threads are at, and how long each stage has taken so far."""
+        return self._stages
 
     @property
     def num_bad(self) -> int:
@@ -99,14 +129,15 @@ class Loader:
         Raises:
             RuntimeError: the loader is closed.
             TooManyBadSamples: more bad samples than ``data.max_bad``.
+            LoaderStuck: no batch within ``data.timeout``.
+            OSError: the storage failed.
         """
         if self._closed:
             raise RuntimeError("the loader is closed")
         began = time.perf_counter()
-        if self._executor is None:
-            self._executor = self._build_executor()
-        planned, views = next(self._executor)
-        batch = self._assemble(planned, views)
+        if self._batches is None:
+            self._batches = self._start()
+        batch = next(self._batches)
         self._position += self._global_size
         self.wait_seconds += time.perf_counter() - began
         return batch
@@ -130,13 +161,14 @@ class Loader:
         position = state["position"]
         if not isinstance(position, int) or position < 0 or position % self._global_size:
             raise ValueError(f"the loader's position is {position!r}; expected a multiple of {self._global_size}")
-        self._stop_executor()
-        self._start = self._position = position
+        self._stop()
+        self._position = position
 
     def close(self) -> None:
         """Ends the loader's threads; can be called twice.  The ShardSet stays open, and batches handed out valid."""
         self._closed = True
-        self._stop_executor()
+        self._stop()
+        self._reader.close()
 
     def __enter__(self) -> "Loader":
         """Returns itself."""
@@ -152,61 +184,79 @@ class Loader:
         return {
             "shards": self._shard_set.manifest.recipe,
             "seed": self._seed,
-            "order": self._config.order.kind,
-            "num_rows": self._order.num_rows,
+            "selected": self._selected,
+            **self._order.fingerprint(),
             "global_size": self._global_size,
         }
 
-    def _build_executor(self) -> DaliExecutor:
-        return DaliExecutor(
-            self._plan,
-            shapes={
-                GLOBAL: GroupShape(
-                    count=self._views.count, size=self._views.size, has_colour=self._views.colour.changes
-                )
-            },
-            batch_size=self._slice.stop - self._slice.start,
+    def _start(self) -> Ahead[Batch]:
+        """Returns the batches from the position on, made by a thread."""
+        return Ahead(
+            partial(self._make_batches, self._position),
+            tensors=_tensors_of,
+            device=self._device,
+            depth=1,
+            timeout=self._config.timeout,
+            stages=self._stages,
+            name="maestri-loader",
+        )
+
+    def _stop(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _make_batches(self, position: int) -> Iterator[Batch]:
+        """Yields batches from a global position on; runs in the loader's thread."""
+        size = self._slice.stop - self._slice.start
+        source = TrainingSource(
+            order=self._order,
+            reader=self._reader,
+            views=self._views,
+            patch=self._patch,
+            seed=self._seed,
+            first=position + self._slice.start,
+            step=self._global_size,
+            size=size,
+            stages=self._stages,
+        )
+        options = ExecutorOptions(
+            shapes=group_shapes(self._views),
+            batch_size=size,
             device=self._device,
             interpolation=self._views.interpolation,
             antialias=self._views.antialias,
             num_threads=self._config.num_threads,
             prefetch=self._config.prefetch,
+            hardware_decoder=self._config.hardware_decoder,
+            stages=self._stages,
         )
-
-    def _stop_executor(self) -> None:
-        if self._executor is not None:
-            self._executor.close()
-            self._executor = None
-
-    def _plan(self, index: int) -> PlannedBatch:
-        """Returns the work of the batch ``index`` after the start: rows, bytes, views, masks."""
-        first = self._start + index * self._global_size + self._slice.start
-        positions = np.arange(first, first + self._slice.stop - self._slice.start, dtype=np.int64)
-        samples = self._reader.read(self._order.rows(positions))
-        plan = plan_views(
-            self._views,
-            seed=self._seed,
-            positions=positions,
-            widths=samples.widths,
-            heights=samples.heights,
-            patch=self._patch,
-        )
-        return PlannedBatch(samples=samples, plan=plan, position=first)
+        executor = build_executor(choose_executor(self._config.executor, self._device), source, options)
+        try:
+            for planned, views in executor:
+                yield self._assemble(planned, views)
+        finally:
+            executor.close()
 
     def _assemble(self, planned: PlannedBatch, views: dict[str, Tensor]) -> Batch:
         """Returns the batch: the executor's views beside the plan's masks and the rows' labels."""
-        token_mask, visible, masked = {}, {}, {}
+        token_mask, visible, masked, pixel_mask = {}, {}, {}, {}
         for name, group in planned.plan.groups.items():
             token_mask[name] = self._to_device(group.token_mask)
-            visible_tokens, masked_tokens = split_indices(group.token_mask)
-            visible[name] = self._to_device(visible_tokens)
-            masked[name] = self._to_device(masked_tokens)
+            if group.corruption is None:
+                if name != GLOBAL or self._views.mask.constant_count:
+                    visible_tokens, masked_tokens = split_indices(group.token_mask)
+                    visible[name] = self._to_device(visible_tokens)
+                    masked[name] = self._to_device(masked_tokens)
+            elif group.corruption.pixels is not None:
+                pixel_mask[name] = self._to_device(group.corruption.pixels)
         rows = planned.samples.rows
         return Batch(
             views=views,
             token_mask=token_mask,
             visible=visible,
             masked=masked,
+            pixel_mask=pixel_mask,
             labels=self._to_device(np.asarray(self._shard_set.label(rows), np.int64)),
             rows=self._to_device(rows),
             position=planned.position,
@@ -214,8 +264,16 @@ class Loader:
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         """Returns the array as a tensor on the device; to a GPU through pinned memory, without waiting."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))  # a broadcast array is read-only
         if self._device.type == "cpu":
             return tensor
         # torch's allocator keeps the pinned block until the copy is done.
         return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def _tensors_of(batch: Batch) -> Iterable[Tensor]:
+    """Yields all tensors of a batch."""
+    for mapping in (batch.views, batch.token_mask, batch.visible, batch.masked, batch.pixel_mask):
+        yield from mapping.values()
+    yield batch.labels
+    yield batch.rows

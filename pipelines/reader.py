@@ -1,12 +1,15 @@
 """Encoded samples read and checked, with a stand-in for each bad one."""
 
 import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maestri.pipelines.header import BadHeader, image_size
+from maestri.pipelines.stages import Stages
 from maestri.shards.errors import ShardCorrupt
 from maestri.shards.shard_set import ShardSet
 
@@ -43,39 +46,91 @@ class Samples:
 
 
 class CheckedReader:
-    """Reads rows of a ShardSet; checks CRC-32, header, size and end marker before a decoder sees the bytes.
+    """Reads samples of a ShardSet; checks CRC-32, header, size and end marker before a decoder sees the bytes.
 
-    A bad row is replaced by the next good one (row + 1, + 2, …, from ``num_rows`` back to 0): the same on every rank
-    and after every resume.  Each bad row is logged once, with its key, and counted once.
+    Samples are numbered 0, 1, 2, … in the order of the selected rows.  A bad one is replaced by the next good one
+    (number + 1, + 2, …, from the last back to the first): the same on every rank and after every resume.  Each is
+    logged once, with its shard and key, and counted once.
     """
 
-    def __init__(self, shard_set: ShardSet, *, num_rows: int, max_bad: int) -> None:
-        """Reads rows in [0, num_rows); more than ``max_bad`` bad ones are an error."""
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        *,
+        num_rows: int,
+        max_bad: int,
+        selected: NDArray[np.int64] | None = None,
+        num_threads: int = 1,
+        stages: Stages | None = None,
+    ) -> None:
+        """Reads ``selected`` rows, or rows [0, num_rows); more than ``max_bad`` bad ones are an error.
+
+        Args:
+            shard_set: the samples.
+            num_rows: how many rows there are to read.
+            max_bad: different bad samples that are replaced before it is an error.
+            selected: the rows, ascending; None for the first ``num_rows``.
+            num_threads: threads that read at once.
+            stages: where it notes what it is at.
+        """
         self._shard_set = shard_set
         self._num_rows = num_rows
         self._max_bad = max_bad
+        self._selected = selected
+        self._stages = stages or Stages()
+        self._pool = ThreadPoolExecutor(num_threads, "maestri-read") if num_threads > 1 else None
+        self._num_threads = num_threads
         self._bad: set[int] = set()
         # The CRC-32 ties a row to its bytes, so a header needs to be parsed only when its row is first read.
-        self._parsed = np.zeros(num_rows, np.bool_)
+        self._parsed = np.zeros(len(shard_set), np.bool_)
 
     @property
     def num_bad(self) -> int:
         """Different bad rows met so far."""
         return len(self._bad)
 
-    def read(self, rows: NDArray[np.int64]) -> Samples:
-        """Returns the samples of the rows.
+    def read(self, numbers: NDArray[np.int64]) -> Samples:
+        """Returns the samples of these numbers.
 
         Raises:
             TooManyBadSamples: the budget of bad rows is spent.
             OSError: the storage failed.
         """
+        rows = numbers if self._selected is None else self._selected[numbers]
+        with self._stages.at("read", self._where(rows)):
+            try:
+                encoded = self._read_all(rows)
+            except (ShardCorrupt, BadHeader):
+                rows = np.array([self._good_row(int(number)) for number in numbers], np.int64)
+                encoded = self._read_all(rows)
+        return self._samples(rows, encoded)
+
+    def replace(self, samples: Samples, bad: Mapping[int, str]) -> Samples:
+        """Returns the samples with others in the place of those that can't be decoded.
+
+        Args:
+            samples: from ``read``.
+            bad: number in ``samples`` → why it can't be decoded.
+
+        Raises:
+            TooManyBadSamples: the budget of bad rows is spent.
+            OSError: the storage failed.
+        """
+        rows, encoded = samples.rows.copy(), list(samples.encoded)
+        for at, reason in bad.items():
+            self._note_bad(int(rows[at]), reason)
+        for at in bad:
+            rows[at] = self._good_row(self._number_of(int(rows[at])))
+            encoded[at] = self._read_all(rows[at : at + 1])[0]
+        return self._samples(rows, encoded)
+
+    def close(self) -> None:
+        """Ends the threads; the ShardSet stays open."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _samples(self, rows: NDArray[np.int64], encoded: list[NDArray[np.uint8]]) -> Samples:
         columns = self._shard_set.columns
-        try:
-            encoded = self._read_all(rows)
-        except (ShardCorrupt, BadHeader):
-            rows = np.array([self._good_row(int(row)) for row in rows], np.int64)
-            encoded = self._read_all(rows)
         return Samples(
             rows=rows,
             encoded=encoded,
@@ -83,8 +138,24 @@ class CheckedReader:
             heights=columns.height[rows].astype(np.int64),
         )
 
+    def _where(self, rows: NDArray[np.int64]) -> str:
+        """Returns the shards that rows lie in, for people."""
+        shards = np.unique(self._shard_set.columns.shard[rows]).tolist()
+        return f"{len(rows)} samples of shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards[:4]))}" + (
+            " …" if len(shards) > 4 else ""
+        )
+
+    def _number_of(self, row: int) -> int:
+        return row if self._selected is None else int(np.searchsorted(self._selected, row))
+
     def _read_all(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Returns the checked bytes of all rows; raises at the first bad one."""
+        if self._pool is None or len(rows) < 2 * self._num_threads:
+            return self._read_part(rows)
+        parts = list(self._pool.map(self._read_part, np.array_split(rows, self._num_threads)))
+        return [data for part in parts for data in part]
+
+    def _read_part(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         encoded = self._shard_set.read_checked(rows)
         columns = self._shard_set.columns
         for index in np.flatnonzero(~self._parsed[rows]):
@@ -95,21 +166,28 @@ class CheckedReader:
             self._parsed[row] = True
         return [np.frombuffer(data, np.uint8) for data in encoded]
 
-    def _good_row(self, row: int) -> int:
-        """Returns the row, or the next good one after it."""
+    def _good_row(self, number: int) -> int:
+        """Returns the row of this number, or the next good one after it."""
         for step in range(self._num_rows):
-            candidate = (row + step) % self._num_rows
+            place = (number + step) % self._num_rows
+            candidate = self._row_of(place)
             if candidate in self._bad:
                 continue
             try:
-                self._read_all(np.array([candidate], np.int64))
+                self._read_part(np.array([candidate], np.int64))
                 return candidate
             except (ShardCorrupt, BadHeader) as error:
                 self._note_bad(candidate, str(error))
-        raise TooManyBadSamples(len(self._bad), self._max_bad, self._shard_set.key(row), "no good sample is left")
+        reason = "no good sample is left"
+        raise TooManyBadSamples(len(self._bad), self._max_bad, self._shard_set.key(self._row_of(number)), reason)
+
+    def _row_of(self, number: int) -> int:
+        return number if self._selected is None else int(self._selected[number])
 
     def _note_bad(self, row: int, reason: str) -> None:
         """Logs and counts a bad row."""
+        if row in self._bad:
+            return
         self._bad.add(row)
         key = self._shard_set.key(row)
         shard = int(self._shard_set.columns.shard[row])

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from maestri.pipelines.batch import Batch
+from maestri.pipelines.views import CORRUPTED
 
 _HIDDEN_LEVEL = 128
 _GAP = 2
@@ -15,7 +16,9 @@ _SMALLEST_TILE = 84
 
 
 def save_views_picture(batch: Batch, path: str | Path, *, num_samples: int = 8) -> None:
-    """Writes a PNG with a row per sample: each view, and beside it what of it the student sees (hidden tokens grey).
+    """Writes a PNG with a row per sample: each view, and beside it what of it the student sees.
+
+    That is the view with hidden tokens grey, or its corrupted twin; nothing where the student sees all of it.
 
     Args:
         batch: of any device.
@@ -23,12 +26,16 @@ def save_views_picture(batch: Batch, path: str | Path, *, num_samples: int = 8) 
         num_samples: rows, from the batch's start.
     """
     tiles = []
-    for name, group in batch.views.items():
-        views = group[:, :num_samples].cpu()
-        hidden = hidden_pixels(batch.token_mask[name][:, :num_samples].cpu(), views.shape[-1])
-        masked = torch.where(hidden[:, :, None], torch.tensor(_HIDDEN_LEVEL, dtype=torch.uint8), views)
-        for view, masked_view in zip(views, masked, strict=True):
-            tiles += [_enlarged(view), _enlarged(masked_view)]
+    for name, mask in batch.token_mask.items():
+        views = batch.views[name][:, :num_samples].cpu()
+        if name + CORRUPTED in batch.views:
+            seen = batch.views[name + CORRUPTED][:, :num_samples].cpu()
+        else:
+            hidden = hidden_pixels(mask[:, :num_samples].cpu(), views.shape[-1])
+            seen = torch.where(hidden[:, :, None], torch.tensor(_HIDDEN_LEVEL, dtype=torch.uint8), views)
+        shows_both = not torch.equal(seen, views)
+        for view, seen_view in zip(views, seen, strict=True):
+            tiles += [_enlarged(view), _enlarged(seen_view)] if shows_both else [_enlarged(view)]
     height = max(tile.shape[1] for tile in tiles)
     columns = [np.pad(tile, ((0, 0), (0, height - tile.shape[1] + _GAP), (0, _GAP), (0, 0))) for tile in tiles]
     grid = np.concatenate(columns, axis=2)

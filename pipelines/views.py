@@ -3,9 +3,10 @@
 Executors only carry a plan out; they draw nothing.  So a plan is bit-equal on any number of ranks, any device and any
 executor.  Only operations that IEEE 754 rounds correctly (+ − × ÷ √) are used, never a library's ``exp`` or ``log``,
 whose last bit differs between machines.
+
+A view is made in this order: cut the window, resize, flip, colours, blur, solarise, corruption (into a second view).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,19 +15,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestri.pipelines.colour import ColourConfig, plan_colour
-from maestri.pipelines.counter_rng import Purpose, as_integer_below, as_uniform, random_words
-from maestri.pipelines.masks import num_hidden, random_masks
+from maestri.pipelines.corruption import CorruptionConfig, CorruptionPlan, plan_corruption
+from maestri.pipelines.counter_rng import Purpose, as_uniform, random_words
+from maestri.pipelines.crops import random_resized_crops
+from maestri.pipelines.filters import BlurConfig, by_view, check_probabilities, plan_blur, plan_solarise
+from maestri.pipelines.masks import MaskConfig, plan_masks
 
-GLOBAL = "global"
-_FIRST_VIEW = {GLOBAL: 0}
+GLOBAL, LOCAL = "global", "local"
+CORRUPTED = "_corrupted"
+"""Behind a group's name: the name of its corrupted twin."""
+_FIRST_VIEW = {GLOBAL: 0, LOCAL: 1 << 16}
 """The generator's number of each group's first view: part of the sample order, never changed."""
-_ATTEMPTS = 10
-_LN2 = 0.6931471805599453
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalConfig:
+    """Small views beside the global ones (multi-crop, arXiv 2006.09882): clean, nothing hidden.
+
+    Ratio, flip, colours and the resize's filter are those of the global views.
+    """
+
+    count: int = 0
+    """Local views of each sample."""
+    size: int = 96
+    """Height and width of a local view, in pixels; must be divisible by the encoder's patch."""
+    scale: tuple[float, float] = (0.05, 0.25)
+    """Smallest and largest area of a crop, as a fraction of the image's."""
+    blur: tuple[float, ...] = (0.0,)
+    """Probability that a local view is blurred: one number for all, or one for each; ``views.blur`` has the sigmas."""
+    solarise: tuple[float, ...] = (0.0,)
+    """Probability that a local view is solarised: one number for all, or one for each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewsConfig:
-    """What the views of a sample are."""
+    """What the views of a sample are; all but ``local`` is about the global ones."""
 
     size: int = 224
     """Height and width of a view, in pixels; must be divisible by the encoder's patch."""
@@ -40,12 +63,20 @@ class ViewsConfig:
     """Probability of a horizontal flip."""
     colour: ColourConfig = field(default_factory=ColourConfig)
     """Colour jitter."""
+    blur: BlurConfig = field(default_factory=BlurConfig)
+    """Gaussian blur."""
+    solarise: tuple[float, ...] = (0.0,)
+    """Probability that levels from 128 on are inverted: one number for all views, or one for each."""
     interpolation: Literal["linear", "cubic"] = "cubic"
     """Filter of the resize."""
     antialias: bool = True
     """Whether the filter widens when shrinking, as Pillow's and torchvision's do."""
-    mask_ratio: float = 0.75
-    """Fraction of a view's tokens hidden from the student, rounded to whole tokens; 0 hides none."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """Which tokens are hidden from the student."""
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
+    """Corrupted twins of the views; ``mask`` isn't used beside it: what is corrupted is what the token mask says."""
+    local: LocalConfig = field(default_factory=LocalConfig)
+    """Small views beside the others."""
 
     def __post_init__(self) -> None:
         """Checks ranges.
@@ -54,16 +85,30 @@ class ViewsConfig:
             ValueError: a field is out of range.
         """
         checks = (
-            ("size", self.size >= 1, "at least 1 pixel"),
-            ("count", self.count >= 1, "at least 1 view"),
-            ("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "0 < smallest ≤ largest ≤ 1, fractions of the area"),
-            ("ratio", 0 < self.ratio[0] <= self.ratio[1], "0 < smallest ≤ largest, width / height"),
-            ("flip", 0 <= self.flip <= 1, "a probability, 0 to 1"),
-            ("mask_ratio", 0 <= self.mask_ratio < 1, "0 ≤ ratio < 1"),
+            ("size", self.size, self.size >= 1, "at least 1 pixel"),
+            ("count", self.count, self.count >= 1, "at least 1 view"),
+            ("scale", self.scale, _is_scale(self.scale), "0 < smallest ≤ largest ≤ 1, fractions of the area"),
+            ("ratio", self.ratio, 0 < self.ratio[0] <= self.ratio[1], "0 < smallest ≤ largest, width / height"),
+            ("flip", self.flip, 0 <= self.flip <= 1, "a probability, 0 to 1"),
+            ("local.count", self.local.count, self.local.count >= 0, "at least 0 views"),
+            ("local.size", self.local.size, self.local.size >= 1, "at least 1 pixel"),
+            ("local.scale", self.local.scale, _is_scale(self.local.scale), "0 < smallest ≤ largest ≤ 1"),
         )
-        for name, passed, expected in checks:
+        for name, value, passed, expected in checks:
             if not passed:
-                raise ValueError(f"views.{name} is {getattr(self, name)}; expected {expected}")
+                raise ValueError(f"views.{name} is {value}; expected {expected}")
+        for name, probabilities, count in (
+            ("blur.probability", self.blur.probability, self.count),
+            ("solarise", self.solarise, self.count),
+            ("local.blur", self.local.blur, self.local.count),
+            ("local.solarise", self.local.solarise, self.local.count),
+        ):
+            check_probabilities(f"views.{name}", probabilities)
+            by_view(f"views.{name}", probabilities, count)
+
+    def group_names(self) -> tuple[str, ...]:
+        """Returns the names of the groups of views that are planned, in their order."""
+        return (GLOBAL, LOCAL) if self.local.count else (GLOBAL,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +125,14 @@ class GroupPlan:
     """``view batch``: mirrored left to right."""
     colour: NDArray[np.float32] | None = None
     """``view batch 4``: factors of brightness, contrast and saturation, and degrees of hue; None where none change."""
+    blur: NDArray[np.float32] | None = None
+    """``view batch``: standard deviation in pixels, 0 = not blurred; None where none is."""
+    solarise: NDArray[np.bool_] | None = None
+    """``view batch``: solarised; None where none is."""
     token_mask: NDArray[np.bool_]
-    """``view batch token``: True = hidden from the student."""
+    """``view batch token``: True = hidden from the student, or corrupted."""
+    corruption: CorruptionPlan | None = None
+    """What the corrupted twin of each view shows; None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +152,7 @@ def plan_views(
     heights: NDArray[np.int64],
     patch: int,
 ) -> ViewPlan:
-    """Returns the plan of a batch: crop windows, flips, colours and token masks.
+    """Returns the plan of a batch: crop windows, flips, colours, blur, solarisation, masks and corruption.
 
     Args:
         config: what the views are.
@@ -111,62 +162,61 @@ def plan_views(
         heights: of the stored images in pixels, ``batch``.
         patch: side of a token in pixels.
     """
-    numbers = (_FIRST_VIEW[GLOBAL] + np.arange(config.count, dtype=np.int64))[:, None]
-    windows = random_resized_crops(
-        config, seed=seed, positions=positions, views=numbers, widths=widths, heights=heights
-    )
-    flip = as_uniform(random_words(seed, positions, numbers, Purpose.FLIP)[..., 0, 0]) < config.flip
-    num_tokens = (config.size // patch) ** 2
-    count = num_hidden(config.mask_ratio, num_tokens)
-    token_mask = random_masks(seed, positions, numbers, num_tokens=num_tokens, count=count)
-    colour = None
-    if config.colour.changes:
-        colour = plan_colour(config.colour, seed=seed, positions=positions, views=numbers)
-    group = GroupPlan(size=config.size, windows=windows, flip=flip, colour=colour, token_mask=token_mask)
-    return ViewPlan(groups={GLOBAL: group})
-
-
-def random_resized_crops(
-    config: ViewsConfig,
-    *,
-    seed: int,
-    positions: NDArray[np.int64],
-    views: NDArray[np.int64],
-    widths: NDArray[np.int64],
-    heights: NDArray[np.int64],
-) -> NDArray[np.int32]:
-    """Returns crop windows as torchvision's RandomResizedCrop draws them, int32 ``view batch 4``.
-
-    Ten attempts at an area uniform in ``scale`` and a ratio log-uniform in ``ratio``; the first that fits is placed
-    uniformly.  If none fits: the largest centred window within ``ratio``.  Attempt k uses draw k of the generator, its
-    four words in the order area, ratio, top, left.
-    """
-    shape = np.broadcast_shapes(positions.shape, views.shape)
-    positions, views, widths, heights = (
-        np.broadcast_to(values, shape).ravel() for values in (positions, views, widths, heights)
-    )
-    windows = _central_windows(config.ratio, widths, heights)
-    left_over = np.arange(positions.size)
-    # Nearly every sample fits at once, so the other nine attempts are drawn only for those that don't.
-    for first, count in ((0, 1), (1, _ATTEMPTS - 1)):
-        words = random_words(
-            seed, positions[left_over], views[left_over], Purpose.CROP, num_draws=count, first_draw=first
+    groups = {}
+    for name in config.group_names():
+        is_local = name == LOCAL
+        count, size, scale = (
+            (config.local.count, config.local.size, config.local.scale)
+            if is_local
+            else (config.count, config.size, config.scale)
         )
-        width, height = widths[left_over, None], heights[left_over, None]
-        crop_height, crop_width = _attempted_sizes(config, words, width, height)
-        fits = (crop_height > 0) & (crop_height <= height) & (crop_width > 0) & (crop_width <= width)
-        attempt = fits.argmax(axis=1)[:, None]
-        crop_height, crop_width = (np.take_along_axis(values, attempt, axis=1) for values in (crop_height, crop_width))
-        placed = np.take_along_axis(words, attempt[..., None], axis=1)[:, 0]
-        fitted = fits.any(axis=1)
-        top = as_integer_below(placed[:, 2], np.maximum(height - crop_height + 1, 1)[:, 0])
-        left = as_integer_below(placed[:, 3], np.maximum(width - crop_width + 1, 1)[:, 0])
-        found = np.stack((top, left, crop_height[:, 0], crop_width[:, 0]), axis=-1)
-        windows[left_over[fitted]] = found[fitted]
-        left_over = left_over[~fitted]
-        if left_over.size == 0:
-            break
-    return windows.reshape(*shape, 4).astype(np.int32)
+        numbers = (_FIRST_VIEW[name] + np.arange(count, dtype=np.int64))[:, None]
+        windows = random_resized_crops(
+            scale, config.ratio, seed=seed, positions=positions, views=numbers, widths=widths, heights=heights
+        )
+        flip = as_uniform(random_words(seed, positions, numbers, Purpose.FLIP)[..., 0, 0]) < config.flip
+        colour = blur = solarise = corruption = None
+        if config.colour.changes:
+            colour = plan_colour(config.colour, seed=seed, positions=positions, views=numbers)
+        blurred, solarised = probabilities_of(config, name)
+        if blurred.any():
+            blur = plan_blur(blurred, config.blur.sigma, seed=seed, positions=positions, views=numbers)
+        if solarised.any():
+            solarise = plan_solarise(solarised, seed=seed, positions=positions, views=numbers)
+        grid = size // patch
+        if is_local:
+            token_mask = np.zeros((count, len(positions), grid * grid), np.bool_)
+        elif config.corruption.corrupts:
+            token_mask, corruption = plan_corruption(
+                config.corruption, seed=seed, positions=positions, views=numbers, grid=grid, patch=patch
+            )
+        else:
+            token_mask = plan_masks(config.mask, seed=seed, positions=positions, views=numbers, grid=grid)
+        groups[name] = GroupPlan(
+            size=size,
+            windows=windows,
+            flip=flip,
+            colour=colour,
+            blur=blur,
+            solarise=solarise,
+            token_mask=token_mask,
+            corruption=corruption,
+        )
+    return ViewPlan(groups=groups)
+
+
+def probabilities_of(config: ViewsConfig, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns for each view of a group how probably it is blurred and solarised, ``view 1``."""
+    if name == LOCAL:
+        local = config.local
+        return (
+            by_view("views.local.blur", local.blur, local.count),
+            by_view("views.local.solarise", local.solarise, local.count),
+        )
+    return (
+        by_view("views.blur.probability", config.blur.probability, config.count),
+        by_view("views.solarise", config.solarise, config.count),
+    )
 
 
 def plan_center(size: int, *, crop_fraction: float, widths: NDArray[np.int64], heights: NDArray[np.int64]) -> ViewPlan:
@@ -187,43 +237,5 @@ def plan_center(size: int, *, crop_fraction: float, widths: NDArray[np.int64], h
     return ViewPlan(groups={GLOBAL: group})
 
 
-def _attempted_sizes(
-    config: ViewsConfig, words: NDArray[np.uint32], widths: NDArray[np.int64], heights: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the crop height and width of each attempt, int64 ``sample attempt``; not all fit."""
-    uniform = as_uniform(words[..., :2])
-    smallest, largest = config.scale
-    side = np.sqrt((smallest + uniform[..., 0] * (largest - smallest)) * (widths * heights))
-    low, high = _log(config.ratio[0]), _log(config.ratio[1])
-    root_of_ratio = _exp(0.5 * (low + uniform[..., 1] * (high - low)))
-    return np.rint(side / root_of_ratio).astype(np.int64), np.rint(side * root_of_ratio).astype(np.int64)
-
-
-def _central_windows(
-    ratio: tuple[float, float], widths: NDArray[np.int64], heights: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Returns the largest centred window within ``ratio``, int64 ``sample 4``."""
-    shape = widths / heights
-    crop_width = np.where(shape > ratio[1], np.rint(heights * ratio[1]), widths).astype(np.int64).clip(1, widths)
-    crop_height = np.where(shape < ratio[0], np.rint(widths / ratio[0]), heights).astype(np.int64).clip(1, heights)
-    return np.stack(((heights - crop_height) // 2, (widths - crop_width) // 2, crop_height, crop_width), axis=-1)
-
-
-def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns exp(x) for moderate x, the same bits on every machine (relative error below 1e-15)."""
-    exponent = np.rint(x / _LN2)
-    rest = x - exponent * _LN2
-    result = np.ones_like(rest)
-    for divisor in range(14, 0, -1):
-        result = 1.0 + rest * result / divisor
-    return np.ldexp(result, exponent.astype(np.int32))
-
-
-def _log(x: float) -> float:
-    """Returns ln(x) for x > 0, the same bits on every machine (absolute error below 1e-14)."""
-    mantissa, exponent = math.frexp(x)
-    quotient = (mantissa - 1) / (mantissa + 1)
-    square, series = quotient * quotient, 0.0
-    for divisor in range(49, 0, -2):
-        series = series * square + 1 / divisor
-    return 2 * quotient * series + exponent * _LN2
+def _is_scale(scale: tuple[float, float]) -> bool:
+    return 0 < scale[0] <= scale[1] <= 1

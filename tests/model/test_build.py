@@ -41,9 +41,21 @@ def test_build_method__weights_depend_on_the_seed_alone(encoder_config):
     assert not torch.equal(first.student.encoder.cls_token, third.student.encoder.cls_token)
 
 
-def test_check_views__names_the_field():
-    with pytest.raises(ValueError, match=r"views\.count is 1"):
-        check_views(MethodConfig(), num_views=1, num_masked=3)
-    with pytest.raises(ValueError, match=r"views\.mask_ratio"):
-        check_views(MethodConfig(name="mae"), num_views=1, num_masked=0)
+@pytest.mark.parametrize(
+    ("name", "views", "field"),
+    [
+        ("plmae", {"num_views": 1}, r"views\.count is 1"),
+        ("mae", {"num_masked": 0}, r"views\.mask\.ratio"),
+        ("mae", {"num_masked": None}, r"views\.mask\.spread"),
+        ("mae", {"num_local": 2}, r"views\.local\.count is 2"),
+        ("plmae", {"corrupted": True}, r"views\.corruption\.coverage"),
+    ],
+)
+def test_check_views__names_the_field(name, views, field):
+    with pytest.raises(ValueError, match=field):
+        check_views(MethodConfig(name=name), **({"num_views": 2, "num_masked": 3} | views))
+
+
+def test_check_views__enough():
     check_views(MethodConfig(name="mae"), num_views=1, num_masked=3)
+    check_views(MethodConfig(name="plmae"), num_views=2, num_masked=3)

@@ -62,7 +62,7 @@ def test_colour_map__keeps_grey_grey_and_mid_grey_in_place() -> None:
     assert np.ptp(matrix @ np.full(3, 200.0) + offset) < 0.7
 
 
-@pytest.mark.parametrize("field", ["brightness", "contrast", "saturation", "hue", "probability"])
+@pytest.mark.parametrize("field", ["brightness", "contrast", "saturation", "hue", "probability", "grey"])
 def test_config__names_the_field_out_of_range(field: str) -> None:
     with pytest.raises(ValueError, match=f"views.colour.{field} is 1.5; expected 0 to"):
         ColourConfig(**{field: 1.5})

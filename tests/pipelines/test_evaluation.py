@@ -11,6 +11,14 @@ from PIL import Image
 from maestri.pipelines.evaluation import evaluation_batches
 from maestri.pipelines.reader import TooManyBadSamples
 
+
+@pytest.fixture(autouse=True, params=["dali", "threads"])
+def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs every test with both executors."""
+    monkeypatch.setattr("maestri.pipelines.evaluation.choose_executor", lambda name, device: request.param)
+    return request.param
+
+
 _OPTIONS = {"size": 28, "crop_fraction": 1.0, "batch_size": 8, "device": torch.device("cpu"), "num_threads": 1}
 
 

@@ -1,5 +1,6 @@
 """The loader: purity in the position, elasticity, resume, bad samples, clean end."""
 
+import dataclasses
 import logging
 import threading
 import time
@@ -10,19 +11,31 @@ import numpy as np
 import pytest
 import torch
 
+from maestri.pipelines.ahead import LoaderStuck
 from maestri.pipelines.batch import Batch
 from maestri.pipelines.config import DataConfig
+from maestri.pipelines.corruption import CorruptionConfig
 from maestri.pipelines.loader import Loader
+from maestri.pipelines.masks import MaskConfig
 from maestri.pipelines.reader import TooManyBadSamples
-from maestri.pipelines.views import GLOBAL, ViewsConfig
+from maestri.pipelines.selection import SelectionConfig
+from maestri.pipelines.views import GLOBAL, LocalConfig, ViewsConfig
 
 _VIEWS = ViewsConfig(size=28)
 _TENSORS = ("labels", "rows")
 _GROUPS = ("views", "token_mask", "visible", "masked")
 
 
+@pytest.fixture(autouse=True, params=["dali", "threads"])
+def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs every test with both executors."""
+    monkeypatch.setattr("maestri.pipelines.loader.choose_executor", lambda name, device: request.param)
+    return request.param
+
+
 def _loader(shard_set, **changes) -> Loader:
-    data = DataConfig(shards="", **{name: changes.pop(name) for name in ("max_bad", "holdout") if name in changes})
+    fields = {field.name for field in dataclasses.fields(DataConfig)}
+    data = DataConfig(shards="", **{name: changes.pop(name) for name in fields & changes.keys()})
     settings = {
         "config": data, "views": _VIEWS, "patch": 4, "seed": 5, "rank": 0, "world_size": 1, "global_size": 16,
         "device": torch.device("cpu"),
@@ -239,7 +252,7 @@ def test_next__same_batch_whatever_the_threads(make_photos: Callable) -> None:
 
 
 def test_next__one_view_needs_no_copy(tiny_greys) -> None:
-    with _loader(tiny_greys, views=ViewsConfig(size=28, count=1, mask_ratio=0.0)) as loader:
+    with _loader(tiny_greys, views=ViewsConfig(size=28, count=1, mask=MaskConfig(ratio=0.0))) as loader:
         batches = _take(loader, 4)
         copies = [batch.views[GLOBAL].clone() for batch in batches]
         _take(loader, 8)
@@ -253,3 +266,105 @@ def test_labels__numpy_order(tiny_greys) -> None:
     with _loader(tiny_greys) as loader:
         batch = next(loader)
     assert np.array_equal(batch.labels.numpy(), tiny_greys.label(batch.rows.numpy()))
+
+
+def test_next__more_ranks_than_rows(tiny_greys) -> None:
+    """Five rows for eight ranks of two samples: epochs follow each other inside a batch, and no rank is idle."""
+    rows = []
+    for rank in range(8):
+        with _loader(tiny_greys, num_rows=5, rank=rank, world_size=8) as loader:
+            rows += next(loader).rows.tolist()
+    assert [sorted(rows[first : first + 5]) for first in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_next__images_of_one_pixel(make_photos: Callable) -> None:
+    shard_set = make_photos(16, smallest=1, largest=2)
+    with _loader(shard_set) as loader:
+        views = next(loader).views[GLOBAL]
+    assert (views == views[..., :1, :1]).all(), "a pixel enlarged is one colour"
+
+
+def test_next__selected_rows_alone(tiny_greys) -> None:
+    with _loader(tiny_greys, select=SelectionConfig(fraction=0.5)) as loader:
+        rows = torch.cat([batch.rows for batch in _take(loader, 5)]).tolist()
+        state = loader.state_dict()
+    assert len(set(rows[:20])) == 20
+    assert sorted(rows[:20]) == sorted(rows[20:40]) == sorted(rows[40:60])
+    with pytest.raises(ValueError, match="saved with selected "):
+        _loader(tiny_greys, select=SelectionConfig(fraction=0.5, seed=1)).load_state_dict(state)
+
+
+def test_next__bad_selected_samples_are_replaced_by_selected_ones(make_photos: Callable) -> None:
+    shard_set = make_photos(40, kind="grey", smallest=28, largest=29)
+    select = SelectionConfig(fraction=0.5)
+    with _loader(shard_set, select=select) as loader:
+        chosen = sorted({row for batch in _take(loader, 3) for row in batch.rows.tolist()})
+    for row in (chosen[3], chosen[-1]):
+        _damage(shard_set, row, "crc")
+    with _loader(shard_set, select=select) as loader:
+        rows = torch.cat([batch.rows for batch in _take(loader, 5)]).tolist()
+        assert loader.num_bad == 2
+    assert set(rows) == set(chosen) - {chosen[3], chosen[-1]}
+    assert rows.count(chosen[4]) == rows.count(chosen[0]) == 8
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_next__readers_change_nothing(tiny_greys, num_threads: int) -> None:
+    before = threading.active_count()
+    with _loader(tiny_greys) as one, _loader(tiny_greys, read_threads=num_threads) as several:
+        for batch, other in zip(_take(one, 3), _take(several, 3), strict=True):
+            _assert_equal(batch, other)
+    for _ in range(50):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() == before
+
+
+def test_next__storage_that_hangs_is_named(make_photos: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard_set = make_photos(40, kind="grey", smallest=28, largest=29)
+    answer, original = threading.Event(), shard_set.read_checked
+
+    def hang(rows: np.ndarray) -> list[bytes]:
+        answer.wait(30)
+        return original(rows)
+
+    with _loader(shard_set, timeout=0.5) as loader:
+        monkeypatch.setattr(shard_set, "read_checked", hang)
+        with pytest.raises(LoaderStuck, match=r"read 16 samples of shard 0 for \d s"):
+            _take(loader, 30)
+        answer.set()
+
+
+def test_next__local_and_corrupted_views(make_photos: Callable) -> None:
+    shard_set = make_photos(24, smallest=60, largest=120)
+    views = ViewsConfig(
+        size=32,
+        corruption=CorruptionConfig(coverage=0.5, align=False),
+        local=LocalConfig(count=3, size=16),
+    )
+    with _loader(shard_set, views=views, patch=8) as loader:
+        batch = next(loader)
+    assert {name: tuple(group.shape) for name, group in batch.views.items()} == {
+        "global": (2, 16, 3, 32, 32),
+        "global_corrupted": (2, 16, 3, 32, 32),
+        "local": (3, 16, 3, 16, 16),
+    }
+    assert set(batch.token_mask) == {"global", "local"}
+    assert set(batch.visible) == set(batch.masked) == {"local"}
+    assert not batch.token_mask["local"].any()
+    pixels = batch.pixel_mask["global"]
+    clean, corrupted = batch.views["global"], batch.views["global_corrupted"]
+    same = (clean == corrupted).all(2)
+    assert same[~pixels].all()
+    assert (~same[pixels]).float().mean() > 0.9
+    by_token = pixels.view(2, 16, 4, 8, 4, 8).any(5).any(3).flatten(2)
+    assert torch.equal(by_token, batch.token_mask["global"])
+
+
+def test_next__varying_masks_have_no_indices(tiny_greys) -> None:
+    views = ViewsConfig(size=28, mask=MaskConfig(kind="block", ratio=0.3, spread=0.2, unmasked=0.5))
+    with _loader(tiny_greys, views=views) as loader:
+        batch = next(loader)
+    assert not batch.visible and not batch.masked
+    assert batch.token_mask[GLOBAL].sum(-1).unique().numel() > 2

@@ -36,6 +36,11 @@ def test_rows__golden_values() -> None:
     assert _order(1000, 42).rows(np.arange(8)).tolist() == [302, 559, 71, 442, 361, 243, 842, 315]
     assert _order(1000, 42).rows(np.arange(1000, 1008)).tolist() == [617, 838, 443, 301, 898, 748, 153, 400]
     assert _order(1_281_167, 7).rows(np.array([0, 1, 10**6, 10**12])).tolist() == [364516, 592269, 548184, 952470]
+    # Where a square root in floating point is rounded up to a whole number.
+    expected = [1262895261559218544, 291147774912940431, 3661928303567070924]
+    assert _order(2**62 - 1, 3).rows(np.array([0, 1, 2**62 - 2])).tolist() == expected
+    expected = [4039127998267854285, 1883448605214154611, 1312744323031731007]
+    assert _order((2**31 - 1) ** 2, 3).rows(np.array([0, 1, 2**62 - 2])).tolist() == expected
 
 
 def test_rows__epochs_and_seeds_differ() -> None:

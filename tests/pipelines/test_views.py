@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from maestri.pipelines.views import GLOBAL, GroupPlan, ViewsConfig, _exp, _log, plan_center, plan_views
+from maestri.pipelines.colour import ColourConfig
+from maestri.pipelines.corruption import CorruptionConfig
+from maestri.pipelines.exact_math import exp, log
+from maestri.pipelines.filters import BlurConfig
+from maestri.pipelines.views import GLOBAL, LOCAL, GroupPlan, LocalConfig, ViewsConfig, plan_center, plan_views
 
 
 def _plan(
@@ -121,15 +125,82 @@ def test_plan_center__refuses_fraction(fraction: float) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"size": 0}, {"count": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.5, 0.2)}, {"flip": 1.5}, {"mask_ratio": 1.0}],
+    [
+        {"size": 0},
+        {"count": 0},
+        {"scale": (0.0, 1.0)},
+        {"scale": (0.5, 0.2)},
+        {"flip": 1.5},
+        {"solarise": (0.1, 1.2)},
+        {"solarise": ()},
+    ],
 )
 def test_views_config__refuses(change: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=f"views.{next(iter(change))} is"):
+    with pytest.raises(ValueError, match=rf"views\.{next(iter(change))} is"):
         replace(ViewsConfig(), **change)
+
+
+@pytest.mark.parametrize("change", [{"count": -1}, {"count": 1, "size": 0}, {"count": 1, "scale": (0.5, 0.1)}])
+def test_views_config__refuses_local(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=rf"views\.local\.{list(change)[-1]} is"):
+        ViewsConfig(local=LocalConfig(**change))
+
+
+def test_views_config__refuses_a_number_of_probabilities() -> None:
+    with pytest.raises(ValueError, match=r"views\.blur\.probability holds 3 numbers for 2 views"):
+        ViewsConfig(blur=BlurConfig(probability=(0.1, 0.2, 0.3)))
+    with pytest.raises(ValueError, match=r"views\.local\.solarise holds 2 numbers for 4 views"):
+        ViewsConfig(local=LocalConfig(count=4, solarise=(0.1, 0.2)))
+
+
+def test_plan_views__global_views_do_not_depend_on_local_ones() -> None:
+    positions, sizes = np.arange(32), np.full(32, 300)
+    plans = [
+        plan_views(config, seed=3, positions=positions, widths=sizes, heights=sizes, patch=16).groups
+        for config in (ViewsConfig(), ViewsConfig(local=LocalConfig(count=3)))
+    ]
+    assert list(plans[0]) == [GLOBAL]
+    assert list(plans[1]) == [GLOBAL, LOCAL]
+    assert np.array_equal(plans[0][GLOBAL].windows, plans[1][GLOBAL].windows)
+    local = plans[1][LOCAL]
+    assert local.size == 96
+    assert local.windows.shape == (3, 32, 4)
+    assert not local.token_mask.any()
+    assert local.token_mask.shape == (3, 32, 36)
+    share = local.windows[..., 2] * local.windows[..., 3] / 300**2
+    assert 0.045 < share.min() < 0.1 and 0.2 < share.max() < 0.26
+
+
+def test_plan_views__blur_and_solarise_by_view() -> None:
+    config = ViewsConfig(blur=BlurConfig(probability=(1.0, 0.1), sigma=(0.5, 1.5)), solarise=(0.0, 0.2))
+    group = _plan(config, np.arange(4000))
+    assert group.blur is not None and group.solarise is not None
+    assert (group.blur[0] > 0).all()
+    assert abs((group.blur[1] > 0).mean() - 0.1) < 0.02
+    blurred = np.sort(group.blur[0])
+    assert np.abs(blurred - np.linspace(0.5, 1.5, 4000)).max() < 0.04
+    assert not group.solarise[0].any()
+    assert abs(group.solarise[1].mean() - 0.2) < 0.03
+    plain = _plan(ViewsConfig(), np.arange(2))
+    assert plain.blur is None and plain.solarise is None and plain.corruption is None
+
+
+def test_plan_views__grey_is_no_saturation() -> None:
+    group = _plan(ViewsConfig(colour=ColourConfig(grey=0.2, saturation=0.3, probability=0.5)), np.arange(4000))
+    assert group.colour is not None
+    saturation = group.colour[..., 2]
+    assert abs((saturation == 0).mean() - 0.2) < 0.02
+    assert abs((saturation == 1).mean() - 0.4) < 0.02
+
+
+def test_plan_views__corrupted_views_have_a_plan_and_a_mask() -> None:
+    group = _plan(ViewsConfig(corruption=CorruptionConfig(coverage=0.5, other=0.0)), np.arange(64))
+    assert group.corruption is not None
+    assert (group.token_mask.mean(-1) >= 0.5).all()
 
 
 def test_exp_and_log__precise() -> None:
     x = np.linspace(-5, 5, 1001)
-    assert np.abs(_exp(x) / np.exp(x) - 1).max() < 1e-15 * 4
+    assert np.abs(exp(x) / np.exp(x) - 1).max() < 1e-15 * 4
     ratios = np.array([0.05, 0.3, 0.5, 0.75, 1.0, 4 / 3, 2.0, 17.0])
-    assert np.allclose([_log(float(ratio)) for ratio in ratios], np.log(ratios), rtol=0, atol=1e-14)
+    assert np.allclose([log(float(ratio)) for ratio in ratios], np.log(ratios), rtol=0, atol=1e-14)
