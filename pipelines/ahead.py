@@ -1,5 +1,6 @@
 """Work done ahead of its consumer in a thread, with a limit to how long the consumer waits."""
 
+import atexit
 import logging
 import queue
 import threading
@@ -82,6 +83,8 @@ class Ahead(Generic[T]):
         self._stopping = False
         self._ended: _Done[T] | None = None
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        # A thread that is at work in a library when the interpreter ends brings the process down.
+        atexit.register(self.close)
         self._thread.start()
 
     def __iter__(self) -> "Ahead[T]":
@@ -110,7 +113,8 @@ class Ahead(Generic[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """Ends the thread; can be called twice."""
+        """Ends the thread; can be called twice, and is at the interpreter's exit."""
+        atexit.unregister(self.close)
         self._stopping = True
         self._room.release()
         self._thread.join(_PATIENCE)

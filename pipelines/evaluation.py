@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maestri.pipelines.executor import ExecutorOptions, GroupShape, build_executor, choose_executor
+from maestri.pipelines.executor import ExecutorOptions, GroupShape, choose_executor, executor_class
 from maestri.pipelines.reader import CheckedReader, Samples
 from maestri.pipelines.source import RowsSource
 from maestri.pipelines.views import GLOBAL, ViewPlan, plan_center
@@ -60,7 +60,7 @@ def evaluation_batches(
         num_threads=num_threads,
         prefetch=2,
     )
-    batches = build_executor(choose_executor(executor, device), source, options)
+    batches = executor_class(choose_executor(executor, device))(source, options)
     try:
         for planned, views in batches:
             labels = torch.from_numpy(np.array(shard_set.label(planned.samples.rows), np.int64))

@@ -4,7 +4,7 @@ There are two: ``dali`` (one graph for ``gpu`` and ``cpu``) and ``threads`` (a p
 same plan and draw nothing, so the pixels differ by rounding alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -130,8 +130,8 @@ def choose_executor(name: Literal["auto", "dali", "threads"], device: torch.devi
     return name
 
 
-def build_executor(name: Literal["dali", "threads"], source: Source, options: ExecutorOptions) -> Executor:
-    """Returns an executor by name.
+def executor_class(name: Literal["dali", "threads"]) -> Callable[[Source, ExecutorOptions], Executor]:
+    """Returns the class of an executor.
 
     Raises:
         ValueError: DALI isn't installed.
@@ -139,7 +139,7 @@ def build_executor(name: Literal["dali", "threads"], source: Source, options: Ex
     if name == "threads":
         from maestri.pipelines.threads import ThreadsExecutor  # noqa: PLC0415  # only what is used is imported
 
-        return ThreadsExecutor(source, options)
+        return ThreadsExecutor
     try:
         from maestri.pipelines.dali import DaliExecutor  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -149,4 +149,4 @@ def build_executor(name: Literal["dali", "threads"], source: Source, options: Ex
             "data.executor dali needs NVIDIA DALI, which isn't installed; install maestri[cuda12] or maestri[cuda13], "
             "or take data.executor threads"
         ) from error
-    return DaliExecutor(source, options)
+    return DaliExecutor

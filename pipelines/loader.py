@@ -1,7 +1,7 @@
 """The training loader: an endless iterator of batches whose whole state is a position."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,14 @@ from torch import Tensor
 from maestri.pipelines.ahead import Ahead
 from maestri.pipelines.batch import Batch
 from maestri.pipelines.config import DataConfig
-from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, build_executor, choose_executor, group_shapes
+from maestri.pipelines.executor import (
+    Executor,
+    ExecutorOptions,
+    PlannedBatch,
+    choose_executor,
+    executor_class,
+    group_shapes,
+)
 from maestri.pipelines.masks import split_indices
 from maestri.pipelines.order import Order, slice_of
 from maestri.pipelines.reader import CheckedReader
@@ -191,8 +198,10 @@ class Loader:
 
     def _start(self) -> Ahead[Batch]:
         """Returns the batches from the position on, made by a thread."""
+        # Imported here and not in the thread: DALI's end at exit must come after ours.
+        make_executor = executor_class(choose_executor(self._config.executor, self._device))
         return Ahead(
-            partial(self._make_batches, self._position),
+            partial(self._make_batches, make_executor, self._position),
             tensors=_tensors_of,
             device=self._device,
             depth=1,
@@ -206,7 +215,9 @@ class Loader:
             self._batches.close()
             self._batches = None
 
-    def _make_batches(self, position: int) -> Iterator[Batch]:
+    def _make_batches(
+        self, make_executor: Callable[[TrainingSource, ExecutorOptions], Executor], position: int
+    ) -> Iterator[Batch]:
         """Yields batches from a global position on; runs in the loader's thread."""
         size = self._slice.stop - self._slice.start
         source = TrainingSource(
@@ -231,7 +242,7 @@ class Loader:
             hardware_decoder=self._config.hardware_decoder,
             stages=self._stages,
         )
-        executor = build_executor(choose_executor(self._config.executor, self._device), source, options)
+        executor = make_executor(source, options)
         try:
             for planned, views in executor:
                 yield self._assemble(planned, views)

@@ -1,4 +1,4 @@
-"""Feeds damaged and hostile images to the data path's header check and, those that pass, to the DALI executor.
+"""Feeds damaged and hostile images to the data path's header check and, those that pass, to both executors.
 
     python tools/fuzz_data_path.py [--mutations 10000] [--seed 0]
 
@@ -20,12 +20,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import numpy as np
 import torch
 
-from maestri.pipelines.dali import DaliExecutor
-from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, group_shapes
+from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, executor_class, group_shapes
 from maestri.pipelines.filters import BlurConfig
 from maestri.pipelines.header import BadHeader, image_size
 from maestri.pipelines.reader import Samples
@@ -38,6 +38,7 @@ PATIENCE = 120.0
 """Seconds for a process: some fifty times what it takes."""
 BATCH, NUM_SOUND = 16, 2
 """Samples in a batch, and how many of them are undamaged."""
+EXECUTORS: tuple[Literal["dali", "threads"], ...] = ("dali", "threads")
 CONFIGS = (
     ViewsConfig(size=48, blur=BlurConfig(probability=(0.5,)), solarise=(0.2,), local=LocalConfig(count=2, size=24)),
     ViewsConfig(size=48, count=1),
@@ -104,7 +105,6 @@ class FuzzSource:
 def work(start: int, count: int, seed: int, log: Path) -> None:
     """Puts images through, in this process, and prints what became of them."""
     config = CONFIGS[start // CHUNK % len(CONFIGS)]
-    source = FuzzSource(itertools.islice(MUTATIONS.images(start + count, seed), start, None), config, log)
     options = ExecutorOptions(
         shapes=group_shapes(config),
         batch_size=BATCH,
@@ -114,13 +114,17 @@ def work(start: int, count: int, seed: int, log: Path) -> None:
         num_threads=2,
         prefetch=2,
     )
-    executor = DaliExecutor(source, options)
-    for number, (planned, views) in enumerate(executor):
-        assert planned.position == number
-        assert all(group.shape[1] == len(planned.samples.rows) for group in views.values())
-        source.counts["batches"] += 1
-    executor.close()
-    print(json.dumps(source.counts))
+    counts: Counter[str] = Counter()
+    for name in EXECUTORS:
+        source = FuzzSource(itertools.islice(MUTATIONS.images(start + count, seed), start, None), config, log)
+        executor = executor_class(name)(source, options)
+        for number, (planned, views) in enumerate(executor):
+            assert planned.position == number
+            assert all(group.shape[1] == len(planned.samples.rows) for group in views.values())
+            source.counts["batches"] += 1
+        executor.close()
+        counts.update({f"{event} by {name}": number for event, number in source.counts.items()})
+    print(json.dumps(counts))
 
 
 def main() -> int:

@@ -3,13 +3,14 @@
     python loader_program.py SHARDS EXECUTOR JOB …
 
 A job is OUT:RANK:WORLD:POSITION:STEPS; jobs are done one after the other.  Per sample it appends a line to OUT: global
-position, row, label, and hashes of the views and masks.  STEPS may be "wait" (after a batch it says "waiting" and does,
-for ever) or "raise" (after a batch it raises).
+position, row, label, and hashes of the views and masks.  STEPS may be a word for what follows one batch: "wait" (it
+says "waiting" and does, for ever), "raise" (it raises) or "leave" (it ends without closing the loader).
 """
 
 import json
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -57,31 +58,33 @@ def main() -> None:
     torch.set_num_threads(1)
     for job in jobs:
         out, rank, world, position, steps = job.split(":")
-        with (
-            ShardSet.open(shards) as shard_set,
-            Loader(
-                shard_set,
-                config=DataConfig(shards=shards, executor=executor, order=OrderConfig(kind="windowed", window=2)),
-                views=VIEWS,
-                patch=8,
-                seed=9,
-                rank=int(rank),
-                world_size=int(world),
-                global_size=GLOBAL_SIZE,
-                device=torch.device("cpu"),
-            ) as loader,
-            Path(out).open("a") as file,
-        ):
+        with ExitStack() as stack:
+            file = stack.enter_context(Path(out).open("a"))
+            shard_set = stack.enter_context(ShardSet.open(shards))
+            loader = stack.enter_context(
+                Loader(
+                    shard_set,
+                    config=DataConfig(shards=shards, executor=executor, order=OrderConfig(kind="windowed", window=2)),
+                    views=VIEWS,
+                    patch=8,
+                    seed=9,
+                    rank=int(rank),
+                    world_size=int(world),
+                    global_size=GLOBAL_SIZE,
+                    device=torch.device("cpu"),
+                )
+            )
             loader.load_state_dict(loader.state_dict() | {"position": int(position)})
             for _ in range(int(steps) if steps.isdigit() else 1):
                 file.writelines(json.dumps(sample) + "\n" for sample in samples_of(next(loader)))
                 file.flush()
             if steps == "raise":
                 raise RuntimeError("in the loop")
-            if steps == "wait":
+            if steps == "leave":
+                stack.pop_all()  # nothing is closed
+            while steps == "wait":
                 print("waiting", flush=True)
-                while True:
-                    time.sleep(0.05)
+                time.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -80,17 +80,22 @@ def test_loader__killed_and_continued_on_other_numbers_of_ranks(shards: Path, tm
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("executor", ["threads", "dali"])
-@pytest.mark.parametrize("end", ["SIGINT", "SIGTERM", "exception"])
-def test_loader__a_process_ends_cleanly(shards: Path, tmp_path: Path, executor: str, end: str) -> None:
-    with _start(shards, executor, f"{tmp_path}/out:0:1:0:{'raise' if end == 'exception' else 'wait'}") as process:
-        if end != "exception":
+@pytest.mark.parametrize(
+    ("end", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", -signal.SIGTERM), ("raise", 1), ("leave", 0)]
+)
+def test_loader__a_process_ends_cleanly(shards: Path, tmp_path: Path, executor: str, end: str, code: int) -> None:
+    is_signal = end.startswith("SIG")
+    with _start(shards, executor, f"{tmp_path}/out:0:1:0:{'wait' if is_signal else end}") as process:
+        if is_signal:
             assert process.stdout is not None
             assert process.stdout.readline() == "waiting\n"
             process.send_signal(getattr(signal, end))
-        began = time.monotonic()
+            began = time.monotonic()
         error = process.communicate(timeout=60)[1]
-    if end != "exception":
+    assert process.returncode == code, error
+    if is_signal:
         assert time.monotonic() - began < 15
-    assert process.returncode == {"SIGINT": -signal.SIGINT, "SIGTERM": -signal.SIGTERM, "exception": 1}[end]
-    assert ("RuntimeError: in the loop" in error) == (end == "exception")
+    assert ("RuntimeError: in the loop" in error) == (end == "raise")
+    if end == "leave":
+        assert error == ""
     assert "terminate called" not in error and "Fatal Python error" not in error
