@@ -12,6 +12,7 @@ from torch.utils.dlpack import from_dlpack
 from maestri.pipelines.corruption import corrupt
 from maestri.pipelines.dali_graph import INTERPOLATION, batch_arguments, has_conditions, view_graph
 from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, Source
+from maestri.pipelines.memory import BatchMemory
 from maestri.pipelines.views import CORRUPTED
 from maestri.shards.jpeg import read_header
 from maestri.shards.jpeg_damage import find_damage
@@ -51,6 +52,7 @@ class DaliExecutor:
         self._has_ended = False
         self._error: Exception | None = None
         self._is_closed = False
+        self._memory = BatchMemory()
         self._in_use: deque[tuple[Any, Any]] = deque()
 
     def __iter__(self) -> "DaliExecutor":
@@ -212,8 +214,13 @@ class DaliExecutor:
         DLPack owns it.  Several views are joined by the one copy of this path.
         """
         views = [from_dlpack(output.as_tensor()) for output in outputs]
-        alone = len(views) == 1 and self._device.type == "cpu"
-        joined = views[0][None] if alone else torch.stack(views)
+        if self._device.type != "cpu":
+            joined = torch.stack(views)
+        elif len(views) == 1:
+            joined = views[0][None]
+        else:
+            joined = self._memory.borrow((len(views), *views[0].shape))
+            torch.stack(views, out=joined)
         return joined.permute(0, 1, 4, 2, 3)
 
     def _release(self, outputs: tuple[Any, ...]) -> None:

@@ -2,7 +2,6 @@
 
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from maestri.pipelines.corruption import corrupt_into
 from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, Source
+from maestri.pipelines.memory import BatchMemory
 from maestri.pipelines.pixel_ops import PixelOps, Undecodable, ViewSteps, colour_matrices
 from maestri.pipelines.views import CORRUPTED, GroupPlan
 
@@ -38,23 +38,6 @@ class _UnderWay:
     """Where the views are written, uint8 ``view batch height width 3`` in the host's memory."""
     chunks: "list[Future[dict[int, str]]]"
     """For each chunk: samples that can't be decoded, and why."""
-
-
-class _Memory:
-    """Memory of batches, used again once nobody holds a tensor in it: the first touch of a new page costs 2 µs."""
-
-    def __init__(self) -> None:
-        """Holds no memory yet."""
-        self._free: dict[tuple[int, ...], list[NDArray[np.uint8]]] = {}
-
-    def borrow(self, shape: tuple[int, ...]) -> Tensor:
-        """Returns a tensor, uint8, with anything in it."""
-        free = self._free.setdefault(shape, [])
-        memory = free.pop() if free else np.empty(shape, np.uint8)
-        loan = memory.view()
-        # Whatever shares the tensor's memory keeps the loan alive.
-        weakref.finalize(loan, free.append, memory).atexit = False
-        return torch.from_numpy(loan)
 
 
 class ThreadsExecutor:
@@ -83,7 +66,7 @@ class ThreadsExecutor:
         self._device = device
         self._pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="maestri-views")
         self._own = threading.local()
-        self._memory = _Memory()
+        self._memory = BatchMemory()
         self._under_way: deque[_UnderWay] = deque()
         self._num_asked = 0
         self._has_ended = False
@@ -120,7 +103,7 @@ class ThreadsExecutor:
         self._is_closed = True
         self._pool.shutdown(cancel_futures=True)
         self._under_way.clear()
-        self._own, self._memory = threading.local(), _Memory()
+        self._own, self._memory = threading.local(), BatchMemory()
 
     def _plan_next(self) -> bool:
         """Asks the source for another batch and gives it to the pool; returns False where there is none."""

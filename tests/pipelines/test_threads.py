@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional
 
 from maestri.pipelines.colour import ColourConfig
 from maestri.pipelines.corruption import CorruptionConfig, corrupt
-from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, build_executor, group_shapes
+from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, executor_class, group_shapes
 from maestri.pipelines.filters import BlurConfig
 from maestri.pipelines.reader import Samples, TooManyBadSamples
 from maestri.pipelines.stages import Stages
@@ -165,7 +165,7 @@ def test_views__center_crop(make_photos: Callable, name: str) -> None:
     planned = _Source(shard_set, config).plan(0)
     widths, heights = planned.samples.widths, planned.samples.heights
     planned = replace(planned, plan=plan_center(112, crop_fraction=0.875, widths=widths, heights=heights))
-    executor = build_executor(name, _One(planned), _options(config))
+    executor = executor_class(name)(_One(planned), _options(config))
     _, views = next(executor)
     executor.close()
     for sample, encoded in enumerate(shard_set.encoded):
@@ -182,9 +182,8 @@ def test_views__with_everything_as_dali(make_photos: Callable) -> None:
     shard_set = make_photos(16, kind="4:4:4", smallest=150, largest=300)
     batches = []
     for name in ("threads", "dali"):
-        executor = build_executor(
-            name, _Source(shard_set, EVERYTHING, sizes=(16,)), _options(EVERYTHING, batch_size=16)
-        )
+        source = _Source(shard_set, EVERYTHING, sizes=(16,))
+        executor = executor_class(name)(source, _options(EVERYTHING, batch_size=16))
         batches.append(next(executor)[1])
         executor.close()
     threads, dali = batches
