@@ -183,6 +183,7 @@ class DaliExecutor:
             antialias=self._options.antialias,
             # A window that is resized with its surroundings (float32) needs them decoded.
             decodes_windows=not on_gpu and is_one_view and self._windows_are_cut(),
+            hardware_decoder=self._options.hardware_decoder,
             enable_conditionals=has_conditions(self._shapes),
             batch_size=batch_size,
             num_threads=self._options.num_threads,

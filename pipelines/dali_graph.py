@@ -41,11 +41,13 @@ def view_graph(
     interpolation: DALIInterpType,
     antialias: bool,
     decodes_windows: bool,
+    hardware_decoder: float,
 ) -> tuple[Any, ...]:
     """Returns the graph: decode once, then for each view cut the window, resize, flip, colours, blur, solarise.
 
     Outputs are uint8 ``HWC``.  The flip is free: it is the resize's region with its left and right swapped.  Where
-    ``decodes_windows``, only the window of the only view is decoded; its pixels are the same.
+    ``decodes_windows``, only the window of the only view is decoded; its pixels are the same.  ``hardware_decoder`` is the
+    share of JPEGs for a GPU's hardware decoder.
     """
     dtypes = [DALIDataType.UINT8]
     for shape in shapes.values():
@@ -53,7 +55,8 @@ def view_graph(
     encoded, *arguments = fn.external_source(source=source, num_outputs=len(dtypes), batch=True, dtype=dtypes)
     images: Any = encoded
     if not decodes_windows:
-        images = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu", **_DECODING)
+        where = {"device": "mixed", "hw_decoder_load": hardware_decoder} if device == "gpu" else {"device": "cpu"}
+        images = fn.decoders.image(encoded, **where, **_DECODING)
     views = []
     for shape in shapes.values():
         for _ in range(shape.count):
