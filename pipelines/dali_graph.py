@@ -46,8 +46,8 @@ def view_graph(
     """Returns the graph: decode once, then for each view cut the window, resize, flip, colours, blur, solarise.
 
     Outputs are uint8 ``HWC``.  The flip is free: it is the resize's region with its left and right swapped.  Where
-    ``decodes_windows``, only the window of the only view is decoded; its pixels are the same.  ``hardware_decoder`` is the
-    share of JPEGs for a GPU's hardware decoder.
+    ``decodes_windows``, only the window of the only view is decoded; its pixels are the same.  ``hardware_decoder`` is
+    the share of JPEGs for a GPU's hardware decoder.
     """
     dtypes = [DALIDataType.UINT8]
     for shape in shapes.values():
