@@ -8,9 +8,6 @@ from maestri.shards.jpeg_damage import MAX_SCANS, count_scans
 _JPEG_START = b"\xff\xd8"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _MAX_PIXELS = 1 << 28
-_PIXELS_PER_BYTE = 1024
-"""Of a JPEG at most.  A block takes a bit or more, and even the thinnest sampling (1 × 1, 4 × 1, 1 × 4) has nine blocks
-for 1024 pixels.  So a few bytes can't have gigabytes of pixels made for them."""
 _INFLATED = 1032
 """Bytes that deflate makes of one, at most."""
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
@@ -47,8 +44,6 @@ def _jpeg_size(data: memoryview) -> tuple[int, int]:
         raise BadHeader(str(error)) from None
     if not header.has_end:
         raise BadHeader("the JPEG has no end marker")
-    if header.width * header.height > _PIXELS_PER_BYTE * len(data):
-        raise BadHeader(f"{header.width} × {header.height} pixels can't come out of {len(data)} bytes")
     if header.is_progressive and count_scans(bytes(data), header) > MAX_SCANS:
         raise BadHeader(f"a JPEG of more than {MAX_SCANS} scans")
     return header.width, header.height

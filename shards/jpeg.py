@@ -13,6 +13,9 @@ _SEGMENTS = frozenset((_HUFFMAN, _QUANTISATION, _RESTART, 0xDC, 0xFE, *range(0xE
 """What may stand before the first scan; libjpeg refuses other markers."""
 _NO_LENGTH = (0x01, *range(0xD0, 0xD8))
 _ORIENTATION_TAG, _SHORT, _LONG = 274, 3, 4
+_PIXELS_PER_BYTE = 1024
+"""At most.  A block takes a bit or more, and even the thinnest sampling (1 × 1, 4 × 1, 1 × 4) has nine blocks for 1024
+pixels.  So a few bytes can't have gigabytes of pixels made for them."""
 
 
 class NotPlain(ValueError):
@@ -94,6 +97,8 @@ def parse_header(data: bytes | memoryview) -> JpegHeader:
     if not {_HUFFMAN, _QUANTISATION} <= tables:
         raise NotPlain("the JPEG has no tables before its first scan")
     width, height, channels = _frame(data, frame_at)
+    if width * height > _PIXELS_PER_BYTE * size:
+        raise NotPlain(f"{width} × {height} pixels can't come out of the JPEG's {size} bytes")
     _check_scan(data, at, len(channels))
     return JpegHeader(
         width=width,
