@@ -8,10 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from maestri.pipelines.colour import ColourConfig
 from maestri.pipelines.config import DataConfig
+from maestri.pipelines.corruption import CorruptionConfig
 from maestri.pipelines.evaluation import evaluation_batches
+from maestri.pipelines.filters import BlurConfig
 from maestri.pipelines.loader import Loader
-from maestri.pipelines.views import GLOBAL, ViewsConfig
+from maestri.pipelines.show import hidden_pixels
+from maestri.pipelines.views import GLOBAL, LocalConfig, ViewsConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -30,6 +34,7 @@ class _MemoryShardSet:
             image = Image.fromarray(np.stack(planes, -1).astype(np.uint8))
             image.save(buffer, "JPEG", quality=95, subsampling=subsampling)
             self._encoded.append(buffer.getvalue())
+        self.manifest = SimpleNamespace(recipe="memory")
         self.columns = SimpleNamespace(width=sizes[:, 0], height=sizes[:, 1], shard=np.zeros(count, np.int64))
 
     def __len__(self) -> int:
@@ -45,11 +50,11 @@ class _MemoryShardSet:
         return [self._encoded[row] for row in rows]
 
 
-def _loader(shard_set, device: str, **changes) -> Loader:
+def _loader(shard_set, device: str, executor: str = "dali", **changes) -> Loader:
     views = ViewsConfig(size=96, **changes)
     return Loader(
         shard_set,
-        config=DataConfig(shards=""),
+        config=DataConfig(shards="", executor=executor),
         views=views,
         patch=16,
         seed=1,
@@ -93,6 +98,44 @@ def test_loader__gpu_batches_are_not_overwritten(count: int) -> None:
             next(loader)
     torch.cuda.synchronize()
     assert all(torch.equal(views, copy) for views, copy in zip(first, copies, strict=True))
+
+
+_EVERYTHING = {
+    "colour": ColourConfig(brightness=0.4, contrast=0.2, saturation=0.2, hue=0.1, grey=0.2),
+    "blur": BlurConfig(probability=(1.0, 0.3)),
+    "solarise": (0.0, 0.3),
+    "corruption": CorruptionConfig(coverage=0.5, noise=0.3),
+    "local": LocalConfig(count=3, size=48, blur=(0.5,)),
+}
+
+
+def test_loader__gpu_equals_cpu_with_every_filter() -> None:
+    shard_set = _MemoryShardSet(48, subsampling="4:4:4")
+    with _loader(shard_set, "cpu", **_EVERYTHING) as cpu, _loader(shard_set, "cuda", **_EVERYTHING) as gpu:
+        batches = [(next(cpu), next(gpu)) for _ in range(3)]
+    for expected, batch in batches:
+        assert set(batch.views) == {"global", "global_corrupted", "local"}
+        for name, views in batch.views.items():
+            difference = (views.cpu().int() - expected.views[name].int()).abs().float()
+            # A level at the threshold may be solarised on one side alone, so single pixels differ by far.
+            assert difference.mean() <= 1.5, name
+        clean, corrupted = batch.views["global"], batch.views["global_corrupted"]
+        hidden = hidden_pixels(batch.token_mask["global"], 96)[:, :, None].expand_as(clean)
+        assert torch.equal(clean[~hidden], corrupted[~hidden])
+        assert (clean[hidden] != corrupted[hidden]).float().mean() > 0.8
+
+
+def test_loader__threads_copy_to_the_gpu() -> None:
+    shard_set = _MemoryShardSet(48, subsampling="4:2:0")
+    with (
+        _loader(shard_set, "cpu", "threads", **_EVERYTHING) as cpu,
+        _loader(shard_set, "cuda", "threads", **_EVERYTHING) as gpu,
+    ):
+        for _ in range(5):
+            expected, batch = next(cpu), next(gpu)
+            for name, views in batch.views.items():
+                assert views.device.type == "cuda"
+                assert torch.equal(views.cpu(), expected.views[name]), name
 
 
 def test_loader__gpu_orders_on_the_current_stream() -> None:
