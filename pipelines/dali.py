@@ -49,6 +49,8 @@ class DaliExecutor:
         self._num_fed = 0
         """How many of these the graph has got."""
         self._num_asked = 0
+        self._decodes_windows = False
+        """Whether the graph decodes windows alone."""
         self._has_ended = False
         self._error: Exception | None = None
         self._is_closed = False
@@ -123,7 +125,8 @@ class DaliExecutor:
         """Returns the arguments of the next batch that the graph has not got: DALI's callback."""
         if self._num_fed == len(self._planned) and not self._plan_next():
             raise StopIteration
-        arguments = batch_arguments(self._planned[self._num_fed], self._shapes)
+        planned = self._planned[self._num_fed]
+        arguments = batch_arguments(planned, self._shapes, decodes_windows=self._decodes_windows)
         self._num_fed += 1
         return arguments
 
@@ -153,7 +156,7 @@ class DaliExecutor:
         The graph itself is the judge: other decoders refuse other samples, and what is replaced must not depend on
         which batch a sample is in.
         """
-        arguments = batch_arguments(planned, self._shapes)
+        arguments = batch_arguments(planned, self._shapes, decodes_windows=self._decodes_windows)
         rows = planned.samples.rows.tolist()
         bad: dict[int, str] = {}
         graph, number = None, 0
@@ -175,14 +178,15 @@ class DaliExecutor:
         """Returns a new graph that gets its arguments from ``feed``."""
         on_gpu = self._device.type == "cuda"
         is_one_view = [shape.count for shape in self._shapes.values()] == [1]
+        # A window that is resized with its surroundings (float32) needs them decoded.
+        self._decodes_windows = not on_gpu and is_one_view and self._windows_are_cut()
         return view_graph(
             source=feed,
             shapes=self._shapes,
             device="gpu" if on_gpu else "cpu",
             interpolation=INTERPOLATION[self._options.interpolation],
             antialias=self._options.antialias,
-            # A window that is resized with its surroundings (float32) needs them decoded.
-            decodes_windows=not on_gpu and is_one_view and self._windows_are_cut(),
+            decodes_windows=self._decodes_windows,
             hardware_decoder=self._options.hardware_decoder,
             enable_conditionals=has_conditions(self._shapes),
             batch_size=batch_size,

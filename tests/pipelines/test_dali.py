@@ -133,7 +133,7 @@ def test_views__groups_of_two_sizes_equal_torchvision(make_photos: Callable, kin
 @pytest.mark.parametrize("options", [{"subsampling": "4:4:4"}, {"subsampling": "4:2:0"}, {"progressive": True}])
 @pytest.mark.parametrize("grey", [False, True])
 def test_views__only_one_is_decoded_alone_with_the_same_pixels(options: dict, grey: bool) -> None:
-    """Two views are cut out of the whole image, one is decoded by itself; the first of each is planned the same."""
+    """Two small views are cut out of the whole image, one is decoded by itself; the first is planned the same."""
     rng = np.random.default_rng(1)
     encoded, sizes = [], rng.integers(20, 500, (24, 2))
     for width, height in sizes.tolist():
@@ -146,7 +146,7 @@ def test_views__only_one_is_decoded_alone_with_the_same_pixels(options: dict, gr
     samples = Samples(rows=np.arange(24), encoded=encoded, widths=sizes[:, 0], heights=sizes[:, 1])
     found = []
     for count in (1, 2):
-        config = ViewsConfig(size=64, count=count, scale=(0.05, 1.0))
+        config = ViewsConfig(size=60, count=count, scale=(0.05, 1.0))
         plan = plan_views(
             config, seed=0, positions=np.arange(24), widths=samples.widths, heights=samples.heights, patch=4
         )
