@@ -20,7 +20,6 @@ MAY_CHANGE = (
     "data.num_threads",
     "data.read_threads",
     "data.prefetch",
-    "data.hardware_decoder",
     "data.max_bad",
     "data.timeout",
     "data.test_shards",

@@ -126,10 +126,12 @@ class Ahead(Generic[T]):
     def _work(self) -> None:
         """Makes items until the end, an error, or ``close``."""
         on_gpu = self._device.type == "cuda"
-        stream: Any = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+        stream: Any = None
         end: _Done[T] = _Done()
         items: Iterator[T] = iter(())
         try:
+            if on_gpu:
+                stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream) if on_gpu else nullcontext():
                 items = self._make()
                 while True:
@@ -144,10 +146,12 @@ class Ahead(Generic[T]):
         except BaseException as error:  # carried to the consumer, who raises it
             end = _Done(error=error)
         finally:
-            close = getattr(items, "close", None)
-            if close is not None:
-                close()
-            self._done.put(end)
+            try:
+                close = getattr(items, "close", None)
+                if close is not None:
+                    close()
+            finally:
+                self._done.put(end)
 
     def _order(self, done: _Done[T]) -> None:
         """Makes the consumer's stream wait for the item, and its memory wait for the consumer's stream."""

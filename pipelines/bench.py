@@ -107,7 +107,9 @@ def measure(
         for _ in range(_WARM_UP):
             batch = next(loader)
         batch_bytes = sum(tensor.nbytes for tensor in _tensors(batch.views)) + sum(
-            tensor.nbytes for mapping in (batch.token_mask, batch.visible, batch.masked) for tensor in _tensors(mapping)
+            tensor.nbytes
+            for mapping in (batch.token_mask, batch.visible, batch.masked, batch.pixel_mask)
+            for tensor in _tensors(mapping)
         )
         for _ in range(rounds):
             before, began, cpu = loader.stages.seconds(), time.perf_counter(), time.process_time()
@@ -127,6 +129,9 @@ def measure(
             if with_limit:
                 some = np.concatenate(rows[-min(batches, 8) :])
                 limits.append(decode_limit(shard_set, some, num_threads=config.num_threads))
+                # What the loader has made in the meantime doesn't count.
+                for _ in range(config.prefetch + _WARM_UP):
+                    next(loader)
     num_images = rounds * batches * batch_size
     speed = statistics.median(speeds)
     mean_bytes = float(np.mean([shard_set.columns.bytes[part].mean() for part in rows]))

@@ -129,10 +129,10 @@ def bench(
         trials = [{"setting": name, "value": value, **trial.as_json()} for name, value, trial in tried]
         _print_json({"result": result.as_json(), "tried": trials})
     else:
-        _print_bench(result, tried)
+        _print_bench(result, tried, best)
 
 
-def _print_bench(result: benching.Bench, tried: list[tuple[str, object, benching.Bench]]) -> None:
+def _print_bench(result: benching.Bench, tried: list[tuple[str, object, benching.Bench]], best: DataConfig) -> None:
     """Prints what was measured for people."""
     console = Console()
     if tried:
@@ -155,8 +155,8 @@ def _print_bench(result: benching.Bench, tried: list[tuple[str, object, benching
         stages.add_row(name, f"{microseconds:,.1f}")
     console.print(stages)
     if tried:
-        lines = [f"num_threads: {result.num_threads}", f"prefetch: {result.prefetch}"]
-        console.print("data:", *lines, f"read_threads: {result.read_threads}", sep="\n  ")
+        tuned = [(name, getattr(best, name)) for name in dict.fromkeys(name for name, _, _ in tried)]
+        console.print("data:", *(f"{name}: {value}" for name, value in tuned), sep="\n  ")
 
 
 def _print_json(value: object) -> None:

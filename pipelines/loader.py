@@ -89,6 +89,8 @@ class Loader:
         self._patch = patch
         self._seed = seed
         self._global_size = global_size
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # the loader's thread has another current one
         self._device = device
         self._slice = slice_of(rank, world_size, global_size)
         selected = select_rows(shard_set, config.select, num_rows=num_rows)

@@ -126,3 +126,22 @@ def test_stages__seconds_add_up_over_threads() -> None:
         thread.join()
     assert stages.seconds()["sleep"] >= 0.3
     assert stages.stuck() == "no stage"
+
+
+def test_next__a_stream_that_cannot_be_made_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("no memory for a stream")
+
+    monkeypatch.setattr(torch.cuda, "Stream", refuse)
+    ahead = Ahead(
+        lambda: iter((1,)),
+        tensors=lambda item: (),
+        device=torch.device("cuda", 0),
+        depth=1,
+        timeout=5.0,
+        stages=Stages(),
+        name="ahead-under-test",
+    )
+    with pytest.raises(RuntimeError, match="no memory for a stream"):
+        next(ahead)
+    ahead.close()
