@@ -22,7 +22,7 @@ from maestri.shards.errors import ShardError
 from maestri.shards.shard_set import ShardSet
 
 app = tyro.extras.SubcommandApp()
-_EMPTY = DataConfig(shards="")
+_DATA, _VIEWS = DataConfig(shards=""), ViewsConfig()
 
 
 @app.command
@@ -34,7 +34,7 @@ def show(
     samples: int = 8,
     seed: int = 0,
     position: int = 0,
-    views: Annotated[ViewsConfig, tyro.conf.arg(help="What the views are.")] = ViewsConfig(),  # noqa: B008
+    views: Annotated[ViewsConfig, tyro.conf.arg(help="What the views are.")] = _VIEWS,
 ) -> None:
     """Write a PNG of real views and masks, as the model sees them.
 
@@ -78,9 +78,9 @@ def bench(
     device: str = "",
     tune: bool = False,
     limit: bool = True,
-    json: bool = False,  # noqa: A002
-    data: Annotated[DataConfig, tyro.conf.arg(help="How samples are read.")] = _EMPTY,
-    views: Annotated[ViewsConfig, tyro.conf.arg(help="What the views are.")] = ViewsConfig(),  # noqa: B008
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+    data: Annotated[DataConfig, tyro.conf.arg(help="How samples are read.")] = _DATA,
+    views: Annotated[ViewsConfig, tyro.conf.arg(help="What the views are.")] = _VIEWS,
 ) -> None:
     """Measure the loader alone: images/s, MB/s, where the time goes, and how far it is from decoding alone.
 
@@ -96,7 +96,7 @@ def bench(
         device: cpu or cuda; a GPU if there is one.
         tune: Try settings, and print the best.
         limit: Measure decoding alone, too.
-        json: Print everything as JSON.
+        as_json: Print everything as JSON.
         data: How samples are read.
         views: What the views are.
     """
@@ -104,7 +104,7 @@ def bench(
     for name, value in (("batch", batch), ("batches", batches), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"--{name} is {value}; expected at least 1")
-    with ShardSet.open(shards) as shard_set, Progress(transient=True, disable=json, console=_stderr()) as progress:
+    with ShardSet.open(shards) as shard_set, Progress(transient=True, disable=as_json, console=_stderr()) as progress:
 
         def measure(config: DataConfig) -> benching.Bench:
             task = progress.add_task("measuring", total=rounds * batches)
@@ -125,7 +125,7 @@ def bench(
 
         best, tried = benching.tune(data, where, measure) if tune else (data, [])
         result = measure(best)
-    if json:
+    if as_json:
         trials = [{"setting": name, "value": value, **trial.as_json()} for name, value, trial in tried]
         _print_json({"result": result.as_json(), "tried": trials})
     else:

@@ -11,7 +11,7 @@ from torch.utils.dlpack import from_dlpack
 
 from maestri.pipelines.corruption import corrupt
 from maestri.pipelines.dali_graph import INTERPOLATION, batch_arguments, has_conditions, view_graph
-from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, Source
+from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, Plans, Source, with_index
 from maestri.pipelines.memory import BatchMemory
 from maestri.pipelines.views import CORRUPTED
 from maestri.shards.jpeg import read_header
@@ -33,26 +33,18 @@ class DaliExecutor:
         Raises:
             ValueError: DALI doesn't run on the device.
         """
-        device = options.device
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device is {device}; the dali executor runs on cpu or cuda")
-        if device.type == "cuda" and device.index is None:
-            # The current device is a thread's own, and ``next`` may be called in another.
-            device = torch.device("cuda", torch.cuda.current_device())
         self._source = source
+        self._plans = Plans(source)
         self._options = options
         self._shapes = dict(options.shapes)
-        self._device = device
+        self._device = with_index(options.device)
         self._pipeline: Any = None
         self._planned: deque[PlannedBatch] = deque()
         """Planned and not handed out, in order."""
         self._num_fed = 0
         """How many of these the graph has got."""
-        self._num_asked = 0
         self._decodes_windows = False
         """Whether the graph decodes windows alone."""
-        self._has_ended = False
-        self._error: Exception | None = None
         self._is_closed = False
         self._memory = BatchMemory()
         self._in_use: deque[tuple[Any, Any]] = deque()
@@ -103,20 +95,12 @@ class DaliExecutor:
             except RuntimeError as error:
                 self._recover(error)
         self.close()
-        raise self._error or StopIteration
+        raise self._plans.error or StopIteration
 
     def _plan_next(self) -> bool:
         """Asks the source for another batch; returns False where there is none."""
-        if self._has_ended:
-            return False
-        planned = None
-        try:
-            planned = self._source.plan(self._num_asked)
-        except Exception as error:  # raised after the batches before it
-            self._error = error
-        self._num_asked += 1
+        planned = self._plans.next()
         if planned is None:
-            self._has_ended = True
             return False
         self._planned.append(planned)
         return True
@@ -146,7 +130,7 @@ class DaliExecutor:
 
     def _fail(self, error: Exception, cause: Exception) -> NoReturn:
         """Closes and raises the error, as each later ``next`` will."""
-        self._error = error
+        self._plans.error = error
         self.close()
         raise error from cause
 

@@ -123,6 +123,44 @@ class Executor(Protocol):
         ...
 
 
+class Plans:
+    """A source's batches one after the other, for an executor that plans ahead."""
+
+    def __init__(self, source: Source) -> None:
+        """Has asked for nothing yet."""
+        self._source = source
+        self._num_asked = 0
+        self._has_ended = False
+        self.error: Exception | None = None
+        """What ended them: the executor raises it after the batches that were planned before."""
+
+    def next(self) -> PlannedBatch | None:
+        """Returns the next batch's work; None from the source's end or exception on."""
+        if self._has_ended:
+            return None
+        planned = None
+        try:
+            planned = self._source.plan(self._num_asked)
+        except Exception as error:
+            self.error = error
+        self._num_asked += 1
+        self._has_ended = planned is None
+        return planned
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Returns the device, of CUDA's the current one by its number: which is current is each thread's own matter.
+
+    Raises:
+        ValueError: it is neither the CPU nor a CUDA device.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device}; the data path runs on cpu or cuda")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def choose_executor(name: Literal["auto", "dali", "threads"], device: torch.device) -> Literal["dali", "threads"]:
     """Returns the executor that ``auto`` stands for on a device: ``dali`` on a GPU, ``threads`` on the CPU."""
     if name == "auto":
@@ -137,11 +175,11 @@ def executor_class(name: Literal["dali", "threads"]) -> Callable[[Source, Execut
         ValueError: DALI isn't installed.
     """
     if name == "threads":
-        from maestri.pipelines.threads import ThreadsExecutor  # noqa: PLC0415  # only what is used is imported
+        from maestri.pipelines.threads import ThreadsExecutor  # only what is used is imported
 
         return ThreadsExecutor
     try:
-        from maestri.pipelines.dali import DaliExecutor  # noqa: PLC0415
+        from maestri.pipelines.dali import DaliExecutor
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("nvidia"):
             raise

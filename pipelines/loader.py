@@ -21,6 +21,7 @@ from maestri.pipelines.executor import (
     choose_executor,
     executor_class,
     group_shapes,
+    with_index,
 )
 from maestri.pipelines.masks import split_indices
 from maestri.pipelines.order import Order, slice_of
@@ -89,9 +90,7 @@ class Loader:
         self._patch = patch
         self._seed = seed
         self._global_size = global_size
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())  # the loader's thread has another current one
-        self._device = device
+        self._device = with_index(device)  # here, and not in the loader's thread
         self._slice = slice_of(rank, world_size, global_size)
         selected = select_rows(shard_set, config.select, num_rows=num_rows)
         self._selected = identity(selected)
@@ -177,7 +176,6 @@ class Loader:
         """Ends the loader's threads; can be called twice.  The ShardSet stays open, and batches handed out valid."""
         self._closed = True
         self._stop()
-        self._reader.close()
 
     def __enter__(self) -> "Loader":
         """Returns itself."""

@@ -1,8 +1,8 @@
 """Encoded samples read and checked, with a stand-in for each bad one."""
 
 import logging
+import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,8 @@ class CheckedReader:
 
     Samples are numbered 0, 1, 2, … in the order of the selected rows.  A bad one is replaced by the next good one
     (number + 1, + 2, …, from the last back to the first): the same on every rank and after every resume.  Each is
-    logged once, with its shard and key, and counted once.
+    logged once, with its shard and key, and counted once.  (Where DALI decodes a single view's window alone, whether an
+    image is damaged may depend on the window, and so on what this rank has met.)
     """
 
     def __init__(
@@ -78,7 +79,6 @@ class CheckedReader:
         self._max_bad = max_bad
         self._selected = selected
         self._stages = stages or Stages()
-        self._pool = ThreadPoolExecutor(num_threads, "maestri-read") if num_threads > 1 else None
         self._num_threads = num_threads
         self._bad: set[int] = set()
         # The CRC-32 ties a row to its bytes, so a header needs to be parsed only when its row is first read.
@@ -101,8 +101,8 @@ class CheckedReader:
             try:
                 encoded = self._read_all(rows)
             except (ShardCorrupt, BadHeader):
-                rows = np.array([self._good_row(int(number)) for number in numbers], np.int64)
-                encoded = self._read_all(rows)
+                good = [self._good_row(int(number)) for number in numbers]
+                rows, encoded = np.array([row for row, _ in good], np.int64), [data for _, data in good]
         return self._samples(rows, encoded)
 
     def replace(self, samples: Samples, bad: Mapping[int, str]) -> Samples:
@@ -120,14 +120,8 @@ class CheckedReader:
         for at, reason in bad.items():
             self._note_bad(int(rows[at]), reason)
         for at in bad:
-            rows[at] = self._good_row(self._number_of(int(rows[at])))
-            encoded[at] = self._read_all(rows[at : at + 1])[0]
+            rows[at], encoded[at] = self._good_row(self._number_of(int(rows[at])))
         return self._samples(rows, encoded)
-
-    def close(self) -> None:
-        """Ends the threads; the ShardSet stays open."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _samples(self, rows: NDArray[np.int64], encoded: list[NDArray[np.uint8]]) -> Samples:
         columns = self._shard_set.columns
@@ -150,10 +144,29 @@ class CheckedReader:
 
     def _read_all(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Returns the checked bytes of all rows; raises at the first bad one."""
-        if self._pool is None or len(rows) < 2 * self._num_threads:
+        if self._num_threads == 1 or len(rows) < 2 * self._num_threads:
             return self._read_part(rows)
-        parts = list(self._pool.map(self._read_part, np.array_split(rows, self._num_threads)))
-        return [data for part in parts for data in part]
+        parts = np.array_split(rows, self._num_threads)
+        found: list[list[NDArray[np.uint8]] | Exception] = [[]] * len(parts)
+
+        def read(number: int) -> None:
+            try:
+                found[number] = self._read_part(parts[number])
+            except Exception as error:  # raised below
+                found[number] = error
+
+        # Daemons, and not a pool's threads: the interpreter waits for those at its exit, even if the storage hangs.
+        threads = [threading.Thread(target=read, args=(number,), daemon=True) for number in range(len(parts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        encoded = []
+        for part in found:
+            if isinstance(part, Exception):
+                raise part
+            encoded += part
+        return encoded
 
     def _read_part(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         encoded = self._shard_set.read_checked(rows)
@@ -166,16 +179,15 @@ class CheckedReader:
             self._parsed[row] = True
         return [np.frombuffer(data, np.uint8) for data in encoded]
 
-    def _good_row(self, number: int) -> int:
-        """Returns the row of this number, or the next good one after it."""
+    def _good_row(self, number: int) -> tuple[int, NDArray[np.uint8]]:
+        """Returns the row of this number, or the next good one after it, and its bytes."""
         for step in range(self._num_rows):
             place = (number + step) % self._num_rows
             candidate = self._row_of(place)
             if candidate in self._bad:
                 continue
             try:
-                self._read_part(np.array([candidate], np.int64))
-                return candidate
+                return candidate, self._read_part(np.array([candidate], np.int64))[0]
             except (ShardCorrupt, BadHeader) as error:
                 self._note_bad(candidate, str(error))
         reason = "no good sample is left"

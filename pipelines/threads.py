@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maestri.pipelines.corruption import corrupt_into
-from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, Source
+from maestri.pipelines.executor import ExecutorOptions, PlannedBatch, Plans, Source, with_index
 from maestri.pipelines.memory import BatchMemory
 from maestri.pipelines.pixel_ops import PixelOps, Undecodable, ViewSteps, colour_matrices
 from maestri.pipelines.views import CORRUPTED, GroupPlan
@@ -54,24 +54,16 @@ class ThreadsExecutor:
         Raises:
             ValueError: the device is neither the CPU nor a CUDA device.
         """
-        device = options.device
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device is {device}; the threads executor's views end up on cpu or cuda")
-        if device.type == "cuda" and device.index is None:
-            # The current device is a thread's own, and ``next`` may be called in another.
-            device = torch.device("cuda", torch.cuda.current_device())
         cv2.setNumThreads(1)
         self._source = source
+        self._plans = Plans(source)
         self._options = options
-        self._device = device
+        self._device = with_index(options.device)
         self._pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="maestri-views")
         self._own = threading.local()
         self._memory = BatchMemory()
         self._under_way: deque[_UnderWay] = deque()
-        self._num_asked = 0
-        self._has_ended = False
         self._is_closed = False
-        self._error: Exception | None = None
 
     def __iter__(self) -> "ThreadsExecutor":
         """Returns itself."""
@@ -87,12 +79,12 @@ class ThreadsExecutor:
             pass
         if self._is_closed or not self._under_way:
             self.close()
-            raise self._error or StopIteration
+            raise self._plans.error or StopIteration
         batch = self._under_way[0]
         try:
             planned = self._finish(batch)
         except Exception as error:
-            self._error = error
+            self._plans.error = error
             self.close()
             raise
         self._under_way.popleft()
@@ -107,16 +99,8 @@ class ThreadsExecutor:
 
     def _plan_next(self) -> bool:
         """Asks the source for another batch and gives it to the pool; returns False where there is none."""
-        if self._has_ended:
-            return False
-        planned = None
-        try:
-            planned = self._source.plan(self._num_asked)
-        except Exception as error:  # raised after the batches before it
-            self._error = error
-        self._num_asked += 1
+        planned = self._plans.next()
         if planned is None:
-            self._has_ended = True
             return False
         num_samples = len(planned.samples.encoded)
         size = _chunk_size(num_samples, self._options.num_threads)

@@ -13,6 +13,7 @@ from maestri.pipelines.bench import Bench, measure, tune
 from maestri.pipelines.config import DataConfig
 from maestri.pipelines.views import ViewsConfig
 from maestri.shards.convert import ConvertConfig, convert
+from maestri.shards.shard_set import ShardSet
 
 CPU = torch.device("cpu")
 
@@ -53,8 +54,6 @@ def test_bench__for_people(shards: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_measure__speed_is_what_the_clock_says(shards: Path) -> None:
-    from maestri.shards.shard_set import ShardSet  # noqa: PLC0415
-
     views = ViewsConfig(size=32)
     with ShardSet.open(shards) as shard_set:
         result = measure(

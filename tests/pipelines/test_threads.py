@@ -401,7 +401,7 @@ def test_executor__goes_on_after_an_interrupt(make_photos: Callable) -> None:
 
 
 def test_executor__refuses_device() -> None:
-    with pytest.raises(ValueError, match="end up on cpu or cuda"):
+    with pytest.raises(ValueError, match="runs on cpu or cuda"):
         _executor(_One, PLAIN, device=torch.device("meta"))
 
 

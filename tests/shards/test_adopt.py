@@ -173,7 +173,7 @@ def test_adopt__class_names_from_a_file(foreign: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["tar", "beton"])
 def test_adopt__shards_of_ours_have_the_same_rows(whole: Path, images: Path, tmp_path: Path, form: str) -> None:
-    convert(images, tmp_path / "set", ConvertConfig(workers=1, shard_bytes=8000, format=form))  # type: ignore[arg-type]
+    convert(images, tmp_path / "set", ConvertConfig(workers=1, shard_bytes=8000, format=form))
     _, manifest = adopt(tmp_path / "set" / f"*.{form}", tmp_path / "again", ONE)
     with ShardSet.open(tmp_path / "again") as again, ShardSet.open(tmp_path / "set") as before:
         rows = np.arange(60)

@@ -111,7 +111,7 @@ def test_check__writer_decodes_what_is_damaged_or_has_changed(
     def told(found: bytes, *, check: str, **settings: Any) -> StoredImage:
         if check == "decode":
             decoded.append(found)
-        return store(found, check=check, **settings)  # type: ignore[arg-type]
+        return store(found, check=check, **settings)
 
     monkeypatch.setattr(worker, "store", told)
     bad: list[dict[str, str]] = []

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -317,7 +318,7 @@ def test_convert__image_too_large_for_the_memory_is_named(images: Path, monkeypa
 
 
 def full_disk(free: int) -> object:
-    return lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - free, free)  # type: ignore[attr-defined]
+    return lambda folder: SimpleNamespace(free=free)
 
 
 def test_convert__no_space_leaves_nothing_and_other_settings_may_fit(

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -403,7 +404,7 @@ def test_convert__staging_needs_space_too(tmp_path: Path, images: list[bytes], m
     source = hf_file(tmp_path / "x.parquet", images, [0] * 40)
     free = int(source.stat().st_size * 1.5)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         patch.setattr(ParquetSource, "stage", lambda *_: pytest.fail("it began"))
         with pytest.raises(ShardError, match="nothing was written"):
             convert(source, tmp_path / "set", ConvertConfig(workers=1))
