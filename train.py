@@ -1,33 +1,38 @@
-"""Trains a masked image model with its teachers: ``python train.py CONFIG [--section.field VALUE …]``.
+"""Trains a masked image model with its teachers: ``python train.py CONFIG [CONFIG …] [--section.field VALUE …]``.
 
 One process needs no launcher; several are started by ``torchrun --nproc-per-node N train.py CONFIG …`` or
 ``deepspeed --no_local_rank train.py CONFIG …``.  The same command continues a run that was stopped or killed.
+Several configurations are stages: each is trained to its end before the next, whose ``initial.run`` names the run
+before; flags hold for all of them.
 
 Exit codes: 0 the run is complete; 2 the configuration is wrong; 1 the run failed, with one line that says why;
 75 stopped by SIGTERM or SIGINT after writing a checkpoint.
 """
 
+import gc
+import itertools
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from maestri.engine import checkpoint, distributed
-from maestri.engine.checkpoint import Parts
+from maestri.engine import checkpoint, continuation, distributed
 from maestri.engine.config import OptimizerConfig, RunConfig, as_plain
 from maestri.engine.config_files import load_config, save_config
+from maestri.engine.continuation import Continued, Parts
 from maestri.engine.display import Display
 from maestri.engine.distributed import Ranks
 from maestri.engine.errors import RunError
+from maestri.engine.initial import load_initial
 from maestri.engine.logs import Meter, RunLog, read_rows, write_summary
-from maestri.engine.schedules import scaled_lr, span_of, warmup_cosine
+from maestri.engine.schedules import cosine, scaled_lr, span_of, warmup_cosine
 from maestri.engine.spans import SpanRecorder, recording
 from maestri.engine.start import check_slices, start_engine
-from maestri.engine.step import set_learning_rate, train_step
+from maestri.engine.step import set_schedules, train_step
 from maestri.engine.stop import EXIT_STOPPED, StopRequest
 from maestri.evals.protocol import KnnReport
 from maestri.evals.report import figures as knn_figures
@@ -66,12 +71,18 @@ def build_loader(config: RunConfig, shard_set: ShardSet, ranks: Ranks) -> Loader
     )
 
 
-def build_parts(config: RunConfig, loader: Loader, ranks: Ranks) -> Parts:
-    """Returns the student in its engine, its teachers, and all else that a checkpoint holds."""
+def build_student(config: RunConfig) -> tuple[Method, str]:
+    """Returns the method, and what to tell of weights that came from another run."""
     method = build_method(
         config.method, config.encoder, image_size=config.views.size, num_steps=config.steps, seed=config.seed
     )
-    # Weights are the same on all ranks, drawn above; what is drawn while training (drop-path) is not.
+    goes_on = config.resume == "auto" and checkpoint.latest(Path(config.out)) is not None
+    return method, "" if goes_on else load_initial(method, config.initial)
+
+
+def build_parts(config: RunConfig, method: Method, loader: Loader, ranks: Ranks) -> Parts:
+    """Returns the student in its engine, its teachers, and all else that a checkpoint holds."""
+    # Weights are the same on all ranks, drawn before; what is drawn while training (drop-path) is not.
     distributed.seed_everything(config.seed + 1 + ranks.rank)
     engine, teachers, masters = start_engine(
         method, ranks, batch=config.batch, optimizer=config.optimizer, engine=config.engine
@@ -88,14 +99,15 @@ def build_parts(config: RunConfig, loader: Loader, ranks: Ranks) -> Parts:
     )
 
 
-def start_or_resume(config: RunConfig, parts: Parts) -> int:
-    """Returns the optimizer steps already done: those of the run found in ``config.out``, else 0."""
+def start_or_resume(config: RunConfig, parts: Parts) -> Continued:
+    """Returns where the run found in ``config.out`` goes on: after 0 steps if there is none."""
     out = Path(config.out)
     if config.resume == "never" and parts.ranks.is_main:
         checkpoint.discard(out)
     distributed.wait_for_all()
-    found = checkpoint.latest(out)
-    return checkpoint.resume(found, parts, config=as_plain(config)) if found else 0
+    if checkpoint.latest(out) is None:
+        return Continued(step=0, notes=())
+    return continuation.resume(out, parts, config=as_plain(config))
 
 
 def learning_rate(config: OptimizerConfig, step: int, *, num_steps: int, global_size: int) -> float:
@@ -107,6 +119,12 @@ def learning_rate(config: OptimizerConfig, step: int, *, num_steps: int, global_
         peak=scaled_lr(config.base_lr, global_size),
         end=config.min_lr,
     )
+
+
+def weight_decay(config: OptimizerConfig, step: int, *, num_steps: int) -> float:
+    """Returns the weight decay of a 0-based optimizer step."""
+    end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+    return cosine(step, num_steps, config.weight_decay, end)
 
 
 def with_picture(batches: Iterator[Batch], path: Path | None) -> Iterator[Batch]:
@@ -148,8 +166,8 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def train(config: RunConfig, parts: Parts, shard_set: ShardSet, loader: Loader, first_step: int) -> bool:
-    """Trains to the end or until asked to stop; returns whether the run is complete."""
+def train(config: RunConfig, parts: Parts, loader: Loader, first_step: int, *, notes: Sequence[str]) -> bool:
+    """Trains to the end or until asked to stop; returns whether the run is complete.  ``notes`` are shown first."""
     out, ranks, meter, method = Path(config.out), parts.ranks, parts.meter, parts.method
     log = RunLog(out, first_step=first_step, tensorboard=config.logging.tensorboard) if ranks.is_main else None
     title = f"{config.method.name} on {ranks.world_size} × {ranks.device.type}"
@@ -162,6 +180,8 @@ def train(config: RunConfig, parts: Parts, shard_set: ShardSet, loader: Loader, 
     with display, recording(spans):
         if first_step:
             display.note(f"continuing {out} after step {first_step}")
+        for note in notes:
+            display.note(note)
         while True:
             # Evaluate before the first step, after the last and in between; off the clock, as checkpoints are.
             if step in (0, config.steps) or is_due(step, config.evaluation.every):
@@ -176,7 +196,9 @@ def train(config: RunConfig, parts: Parts, shard_set: ShardSet, loader: Loader, 
             # The first row is the untrained network's: monitors of collapse are read against it.
             is_logged = step == 0 or is_due(step + 1, config.logging.every) or step + 1 == config.steps
             rate = learning_rate(config.optimizer, step, num_steps=config.steps, global_size=config.batch.global_size)
-            set_learning_rate(parts.engine, rate)
+            decay = weight_decay(config.optimizer, step, num_steps=config.steps)
+            frozen = step < span_of(config.optimizer.freeze_prototypes, config.steps)
+            set_schedules(parts.engine, learning_rate=rate, weight_decay=decay, prototypes_frozen=frozen)
             result = train_step(parts.engine, method, parts.teachers, batches, step, monitor=is_logged)
             meter.add(result.metrics, num_images=config.batch.global_size)
             step += 1
@@ -199,7 +221,7 @@ def train(config: RunConfig, parts: Parts, shard_set: ShardSet, loader: Loader, 
                 meter.check_finite(step)
                 if log is not None:
                     log.sync()
-                checkpoint.save(out, parts, step=step, config=as_plain(config), keep=config.checkpoint.keep)
+                continuation.save(out, parts, step=step, config=as_plain(config), settings=config.checkpoint)
             if stopping:
                 break
 
@@ -216,9 +238,8 @@ def train(config: RunConfig, parts: Parts, shard_set: ShardSet, loader: Loader, 
 # ------------------------------------------------------------------------------------------------------- the run
 
 
-def run(config: RunConfig, device: torch.device) -> int:
+def run(config: RunConfig, ranks: Ranks) -> int:
     """Builds everything, trains, and returns the exit code."""
-    ranks = distributed.start(device, timeout_minutes=config.engine.timeout_minutes, verbose=config.logging.verbose)
     with ExitStack() as stack:
         failure = None
         try:
@@ -227,54 +248,82 @@ def run(config: RunConfig, device: torch.device) -> int:
             check_images(config)
             loader = stack.enter_context(build_loader(config, shard_set, ranks))
             Path(config.out).mkdir(parents=True, exist_ok=True)
-        except (ValueError, OSError) as error:
+            method, note = build_student(config)
+        except (ValueError, OSError, RunError) as error:
             failure = error
         distributed.agree(failure)
-        parts = build_parts(config, loader, ranks)
-        first_step = start_or_resume(config, parts)
+        parts = build_parts(config, method, loader, ranks)
+        continued = start_or_resume(config, parts)
         if ranks.is_main:
             save_config(config, Path(config.out))
-        complete = train(config, parts, shard_set, loader, first_step)
+        notes = [note] * bool(note) + list(continued.notes)
+        complete = train(config, parts, loader, continued.step, notes=notes)
+        parts.engine.destroy()  # its hooks would keep a stage's memory during the next
     return 0 if complete else EXIT_STOPPED
 
 
-def configure(arguments: list[str]) -> tuple[RunConfig, torch.device]:
-    """Returns the configuration and the device, with the process set up for them."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        raise ValueError("usage: train.py CONFIG [--section.field VALUE …]; CONFIG is a YAML file as in configs/")
-    config = load_config(arguments[0], arguments[1:])
-    if not config.out:
+def run_stages(configs: Sequence[RunConfig], device: torch.device) -> int:
+    """Trains one configuration after the other, until one stops; returns the exit code."""
+    first = configs[0]
+    ranks = distributed.start(device, timeout_minutes=first.engine.timeout_minutes, verbose=first.logging.verbose)
+    for config in configs:
+        if len(configs) > 1 and config.resume == "auto" and checkpoint.is_complete(Path(config.out), config.steps):
+            if ranks.is_main:
+                print(f"{config.out} is complete", flush=True)
+            continue
+        if config.engine.threads:
+            torch.set_num_threads(config.engine.threads)
+        code = run(config, ranks)
+        if code:
+            return code
+        gc.collect()  # an engine holds itself in cycles
+    return 0
+
+
+def configure(arguments: list[str]) -> tuple[list[RunConfig], torch.device]:
+    """Returns the configurations and the device, with the process set up for them."""
+    paths = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    if not paths and not {"-h", "--help"} & set(arguments[:1]):
+        raise ValueError("usage: train.py CONFIG … [--section.field VALUE …]; CONFIG is a YAML file as in configs/")
+    flags = arguments[len(paths) :]
+    configs = [load_config(path, flags) for path in paths or arguments[:1]]
+    outs = [config.out for config in configs]
+    if not all(outs):
         raise ValueError("out is empty; name the run's folder there or by --out FOLDER")
-    device = distributed.prepare_environment(config.engine.device)
-    if not config.logging.verbose:
+    if len(set(outs)) < len(outs):
+        raise ValueError(f"out is {outs[0]} in more than one configuration; each stage needs a folder of its own")
+    devices = {config.engine.device for config in configs}
+    if len(devices) > 1:
+        raise ValueError(f"engine.device is {' and '.join(sorted(devices))}; stages of one command share a device")
+    device = distributed.prepare_environment(devices.pop())
+    if not configs[0].logging.verbose:
         distributed.quiet_libraries()
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
-    return config, device
+    return configs, device
 
 
 def main(arguments: list[str]) -> NoReturn:
     """Runs and ends the process; what a user can cause ends with one line on stderr."""
     rank = distributed.environment_rank()
     try:
-        config, device = configure(arguments)
+        configs, device = configure(arguments)
     except ValueError as error:
         complain(error, rank=rank, on_all_ranks=True)
         sys.exit(EXIT_USAGE)
+    verbose = configs[0].logging.verbose
     try:
-        code = run(config, device)
+        code = run_stages(configs, device)
     except RunError as error:
-        complain(error, rank=rank, on_all_ranks=True, trace=config.logging.verbose)
+        complain(error, rank=rank, on_all_ranks=True, trace=verbose)
         distributed.leave(EXIT_FAILED, orderly=True)
     except (ValueError, OSError, TooManyBadSamples, LoaderStuck) as error:
-        complain(error, rank=rank, on_all_ranks=False, trace=config.logging.verbose)
+        complain(error, rank=rank, on_all_ranks=False, trace=verbose)
         distributed.leave(EXIT_FAILED, orderly=False)
     except Exception as error:
         lost = distributed.is_lost_rank(error)
         shown = (
             RunError("another rank has ended or hangs; see what it says, and run again to continue") if lost else error
         )
-        complain(shown, rank=rank, on_all_ranks=False, trace=config.logging.verbose or not lost)
+        complain(shown, rank=rank, on_all_ranks=False, trace=verbose or not lost)
         distributed.leave(EXIT_FAILED, orderly=False)
     distributed.leave(code, orderly=True)
 

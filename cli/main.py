@@ -7,7 +7,8 @@ from importlib import metadata
 COMMANDS = {
     "shards": ("maestri.shards.cli", "convert, inspect and verify data sets"),
     "pipelines": ("maestri.pipelines.cli", "look at the views and masks a model sees"),
-    "eval": ("maestri.evals.cli", "judge what a run has learnt"),
+    "eval": ("maestri.evals.cli", "judge what was learnt: k-NN, linear, low-shot, clusters"),
+    "export": ("maestri.engine.export", "write a trained encoder for timm"),
 }
 USAGE_ERROR = 2
 

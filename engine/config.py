@@ -1,11 +1,13 @@
 """The configuration of a run: assembled here from the sections of each room."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from maestri.model.build import MethodConfig, check_views
 from maestri.model.encoder import EncoderConfig
+from maestri.model.method import ViewFacts
 from maestri.pipelines.config import DataConfig
 from maestri.pipelines.masks import num_hidden
 from maestri.pipelines.views import ViewsConfig
@@ -13,6 +15,7 @@ from maestri.pipelines.views import ViewsConfig
 MAY_CHANGE = (
     "out",
     "resume",
+    "initial",  # a checkpoint holds all weights
     "checkpoint",
     "evaluation",
     "logging",
@@ -23,10 +26,12 @@ MAY_CHANGE = (
     "data.max_bad",
     "data.timeout",
     "data.test_shards",
+    "engine.zero_stage",
+    "engine.device",
     "engine.threads",
     "engine.timeout_minutes",
 )
-"""Fields and sections that a resumed run may have otherwise: none of them changes what is computed."""
+"""Fields and sections that a resumed run may have otherwise: none of them changes what is computed, beyond rounding."""
 
 
 def _at_least(section: str, config: Any, lowest: float, *names: str) -> None:
@@ -69,7 +74,18 @@ class OptimizerConfig:
     warmup: float = 0.05
     """Linear warm-up: a fraction of the run below 1, optimizer steps from 1 on."""
     weight_decay: float = 0.05
-    """Decoupled weight decay; none on biases, norms, tokens, positions and prototypes."""
+    """Decoupled weight decay at the first step; none on biases, norms, tokens, positions and prototypes."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end of the run, reached along half a cosine; as at the first step when not set."""
+    head_weight_decay: float | None = None
+    """Weight decay, constant, of what stands outside of the encoder; as the encoder's when not set."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from a layer to the one below it: patches and tokens, the encoder's blocks, and, at
+    the full rate, its last norm and what stands behind it."""
+    head_lr_scale: float = 1.0
+    """Factor of the learning rate of what stands outside of the encoder."""
+    freeze_prototypes: float = 0.0
+    """How long prototypes keep their first weights: a fraction of the run below 1, optimizer steps from 1 on."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of first and second moments."""
     eps: float = 1e-8
@@ -78,9 +94,32 @@ class OptimizerConfig:
     """Largest norm of the whole gradient; 0 = no clipping."""
 
     def __post_init__(self) -> None:
-        _at_least("optimizer", self, 0, "base_lr", "min_lr", "warmup", "weight_decay", "clip")
+        _at_least("optimizer", self, 0, "base_lr", "min_lr", "warmup", "weight_decay", "freeze_prototypes", "clip")
+        _at_least("optimizer", self, 0, "head_lr_scale")
+        for name in ("weight_decay_end", "head_weight_decay"):
+            if getattr(self, name) is not None:
+                _at_least("optimizer", self, 0, name)
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optimizer.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {list(self.betas)}; both must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitialConfig:
+    """Weights that a run starts from, instead of drawn ones: the encoder's, and what else the method needs."""
+
+    run: str = ""
+    """Folder of a finished run, or of one of its checkpoints; empty: weights are drawn from ``seed``."""
+    model: str = "student"
+    """Whose weights: the student's, or a teacher's by its role."""
+    file: str = ""
+    """Instead of a run: a file of an encoder's weights (timm, MAE, DINO or ``maestri export``), .safetensors or of
+    ``torch.save``."""
+
+    def __post_init__(self) -> None:
+        if self.run and self.file:
+            raise ValueError(f"initial.run is {self.run} and initial.file is {self.file}; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,15 +153,17 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; 0 = only at the end."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints after each multiple of so many optimizer steps are kept for good; 0 = none is."""
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint", self, 0, "every")
+        _at_least("checkpoint", self, 0, "every", "keep_every")
         _at_least("checkpoint", self, 1, "keep")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """k-NN on frozen features of the student and each teacher."""
+    """k-NN on frozen features of the student and each teacher; ``maestri eval`` has more."""
 
     every: int = 0
     """Optimizer steps between evaluations during training; 0 = only before the first step and after the last."""
@@ -187,6 +228,8 @@ class RunConfig:
     """The network that is trained."""
     method: MethodConfig = field(default_factory=MethodConfig)
     """What it is trained for."""
+    initial: InitialConfig = field(default_factory=InitialConfig)
+    """Where training starts."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     """Batch sizes."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -207,28 +250,49 @@ class RunConfig:
         for name, size in (("size", views.size), *((("local.size", views.local.size),) if views.local.count else ())):
             if size % patch:
                 raise ValueError(f"views.{name} is {size}; it must be a multiple of encoder.patch ({patch})")
+        hidden = num_hidden(views.mask.ratio, (views.size // patch) ** 2) if views.mask.constant_count else None
         check_views(
             self.method,
-            num_views=views.count,
-            num_local=views.local.count,
-            num_masked=num_hidden(views.mask.ratio, (views.size // patch) ** 2) if views.mask.constant_count else None,
-            corrupted=views.corruption.corrupts,
+            ViewFacts(
+                num_views=views.count,
+                num_local=views.local.count,
+                num_masked=hidden,
+                corrupted=views.corruption.corrupts,
+                aligned=views.corruption.align,
+                micro_size=self.batch.micro_size,
+            ),
         )
 
 
-def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Returns ``"section.field (old → new)"`` for every difference that would change what is computed."""
-    changes = []
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """How a run's settings differ from those of its checkpoint, each as ``section.field (old → new)``."""
+
+    refused: list[str]
+    """Of fields that decide what is computed."""
+    allowed: list[str]
+    """Of others, but for the run's folder and ``resume``."""
+
+
+def changes_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
+    """Returns what differs between two configurations, as ``as_plain`` gives them."""
+    refused, allowed = [], []
+    for path, was, now in _differences(old, new):
+        sections = [path.rsplit(".", cut)[0] for cut in range(path.count(".") + 1)]
+        if not set(MAY_CHANGE) & set(sections):
+            refused.append(f"{path} ({was} → {now})")
+        elif path not in ("out", "resume"):
+            allowed.append(f"{path} ({was} → {now})")
+    return Changes(refused=refused, allowed=allowed)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for name in sorted(old.keys() | new.keys()):
-        path = prefix + name
-        if path in MAY_CHANGE:
-            continue
         was, now = old.get(name), new.get(name)
-        if isinstance(was, dict) and isinstance(now, dict):
-            changes += changed_fields(was, now, f"{path}.")
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from _differences(was, now, f"{prefix}{name}.")
         elif was != now:
-            changes.append(f"{path} ({was} → {now})")
-    return changes
+            yield f"{prefix}{name}", was, now
 
 
 def as_plain(config: Any) -> dict[str, Any]:

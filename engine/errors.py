@@ -1,5 +1,7 @@
 """What ends a run with one line instead of a traceback."""
 
+from pathlib import Path
+
 
 class RunError(Exception):
     """A run cannot go on, for a reason outside of the program; the message is one line for the user."""
@@ -7,6 +9,20 @@ class RunError(Exception):
 
 class CheckpointError(RunError):
     """A checkpoint could not be written or does not fit this run."""
+
+
+class CheckpointDamaged(CheckpointError):
+    """A checkpoint's files are not what was written.
+
+    Attributes:
+        checkpoint: its folder.
+        reason: which file, and what is wrong with it.
+    """
+
+    def __init__(self, checkpoint: Path, reason: str) -> None:
+        super().__init__(f"checkpoint {checkpoint} is damaged: {reason}")
+        self.checkpoint = checkpoint
+        self.reason = reason
 
 
 class NonFiniteLoss(RunError):

@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,15 @@ class Meter:
         self._seconds, self._images = state["seconds"], state["images"]
         self.elapsed_seconds = state["elapsed_seconds"]
         self._clock = time.perf_counter()
+
+
+def merged_periods(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns one ``Meter.state_dict`` for every rank of another number of ranks: the mean over those there were."""
+    merged = dict(states[0])
+    merged["sums"] = {
+        name: torch.stack([state["sums"][name] for state in states]).mean(dim=0) for name in states[0]["sums"]
+    }
+    return merged
 
 
 class RunLog:

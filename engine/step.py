@@ -23,10 +23,20 @@ class StepResult:
     """Whether the optimizer changed the weights."""
 
 
-def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    """Sets the learning rate of every optimizer group for the next step."""
+def set_schedules(engine: Any, *, learning_rate: float, weight_decay: float, prototypes_frozen: bool) -> None:
+    """Sets learning rate and weight decay of every optimizer group for the next step.
+
+    Args:
+        engine: DeepSpeed's engine.
+        learning_rate: of groups whose ``lr_scale`` is 1.
+        weight_decay: of groups whose decay follows the run's schedule.
+        prototypes_frozen: whether prototypes stay as they are.
+    """
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        frozen = prototypes_frozen and group["is_prototypes"]
+        group["lr"] = 0.0 if frozen else learning_rate * group["lr_scale"]
+        if group["is_scheduled"]:
+            group["weight_decay"] = weight_decay
 
 
 def train_step(

@@ -1,9 +1,8 @@
 """Teachers: float32 averages of the student's float32 masters, exact at every ZeRO stage.
 
-The average is kept in pieces like the masters themselves: each rank averages the piece it owns and one all-gather per
-teacher and group, in the compute dtype, refreshes the teacher's module.  (At ZeRO 0 the masters are replicated, and so
-is the average.)  In bf16 an average with m near 1 stops moving, because relative updates under 2⁻⁸ are lost; a float32
-one of the float32 masters does not.
+The average is kept in pieces: each rank averages its share of the masters, 1/N of them on N ranks, and one all-gather
+per teacher and group, in the compute dtype, refreshes the teacher's module.  In bf16 an average with m near 1 stops
+moving, because relative updates under 2⁻⁸ are lost; a float32 one of the float32 masters does not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,6 +57,10 @@ class Teachers:
         """Yields the teachers' roles."""
         return iter(self._teachers)
 
+    def pieces(self, role: str) -> list[Tensor]:
+        """Returns this rank's share of a teacher's average, float32."""
+        return [piece for averages in self._averages[role] for piece in averages]
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves every teacher that is due at this 0-based optimizer step; call it only after an applied step."""
@@ -88,17 +91,24 @@ class Teachers:
                 own[name].copy_(value)
 
     @torch.no_grad()
-    def gather(self, role: str) -> dict[str, Tensor]:
-        """Returns a teacher whole, by name, on the CPU: float32 averages, and what it holds besides (frozen
-        parameters, buffers) as it is; every rank must call it."""
+    def gather(self, role: str, *, wanted: bool = True) -> dict[str, Tensor]:
+        """Returns a teacher whole, by name, on the CPU; every rank must call it.
+
+        Float32 averages, and what the teacher holds besides (frozen parameters, buffers) as it is.
+
+        Args:
+            role: the teacher's.
+            wanted: whether this rank needs the result; it is empty otherwise.
+        """
         state = {
             name: value.detach().to("cpu", copy=True)
             for name, value in self._teachers[role].module.state_dict().items()
         }
         for group, averages in zip(self._groups[role], self._averages[role], strict=True):
-            for name, value in group.assemble(averages).items():
-                state[name] = value.to("cpu", copy=True).contiguous()
-        return state
+            whole = group.assemble(averages)
+            if wanted:
+                state |= {name: value.to("cpu", copy=True).contiguous() for name, value in whole.items()}
+        return state if wanted else {}
 
     @torch.no_grad()
     def restore(self, role: str, state: Mapping[str, Tensor]) -> None:

@@ -1,13 +1,17 @@
 """What a user reads of an evaluation: a table, a summary for JSON, and a plot of the run."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from maestri.evals.protocol import KnnReport
-from maestri.evals.run import RANDOM_INIT, RAW_PIXELS
+from maestri.evals.clustering import ClusterReport
+from maestri.evals.lowshot import LowshotReport
+from maestri.evals.protocol import AccuracyReport, KnnReport
+from maestri.evals.sheets import accuracy_sheet
+from maestri.evals.sources import BASELINES
 
 LOSS_PREFIXES = ("loss", "me_max")
 
@@ -24,38 +28,71 @@ def figures(report: KnnReport) -> dict[str, float]:
 
 def summary(report: KnnReport) -> dict[str, Any]:
     """Returns the part of ``summary.json`` that evaluation knows: what was chosen, and everything measured."""
+    return accuracy_summary(report)
+
+
+def table(report: KnnReport) -> Table:
+    """Returns every accuracy as a table; the choice of each model is marked."""
+    return accuracy_sheet(report, "k-NN top-1, %").as_table()
+
+
+def accuracy_summary(report: AccuracyReport) -> dict[str, Any]:
+    """Returns what was chosen on which images, the accuracies there, and everything measured."""
     chosen = {}
     for model in report.test or report.holdout:
-        pooling, k = report.choice(model)
-        chosen[model] = {"pooling": pooling, "k": k, "top1": report.chosen(model)}
-    learnt = tuple(model for model in chosen if model not in (RAW_PIXELS, RANDOM_INIT))
+        pooling, setting = report.choice(model)
+        chosen[model] = {"pooling": pooling, report.setting: setting, "top1": report.chosen(model)}
     return {
         "split": "test" if report.test else "holdout",
         "chosen_on": "holdout" if report.holdout else "test",
-        "best_model": report.best(learnt),
+        "best_model": report.best(learnt(report)),
         "top1": chosen,
         "all": report.as_plain(),
     }
 
 
-def table(report: KnnReport) -> Table:
-    """Returns every accuracy as a table; the choice of each model is marked."""
-    rendered = Table(title="k-NN top-1, %", caption="▸ pooling and k chosen on held-out training images")
-    for column, justify in (("model", "left"), ("pooling", "left"), ("k", "right")):
-        rendered.add_column(column, justify="right" if justify == "right" else "left")
-    rendered.add_column("held-out", justify="right")
-    rendered.add_column("test", justify="right")
-    for model, rows in (report.test or report.holdout).items():
-        for pooling, row in rows.items():
-            for k in row:
-                mark = "▸ " if report.choice(model) == (pooling, k) else "  "
-                cells = [_cell(split, model, pooling, k) for split in (report.holdout, report.test)]
-                rendered.add_row(mark + model, pooling, str(k), *cells)
-    return rendered
+def lowshot_summary(report: LowshotReport) -> dict[str, Any]:
+    """Returns the like for each kind of split; the best model is that of the first kind."""
+    kinds = {kind: accuracy_summary(of_kind) for kind, of_kind in report.items()}
+    for kind, of_kind in report.items():
+        deviations = of_kind.test_deviation or of_kind.holdout_deviation
+        for model, entry in kinds[kind]["top1"].items():
+            entry["deviation"] = deviations[model][entry["pooling"]][entry["C"]]
+    first = next(iter(kinds.values()))
+    return {
+        "split": first["split"],
+        "chosen_on": first["chosen_on"],
+        "best_model": first["best_model"],
+        "num_images": {kind: list(of_kind.num_images) for kind, of_kind in report.items()},
+        "top1": {kind: of_kind["top1"] for kind, of_kind in kinds.items()},
+        "all": {kind: of_kind["all"] for kind, of_kind in kinds.items()},
+        "deviations": {
+            kind: replace(of_kind, holdout=of_kind.holdout_deviation, test=of_kind.test_deviation).as_plain()
+            for kind, of_kind in report.items()
+        },
+    }
 
 
-def _cell(split: Mapping[str, Any], model: str, pooling: str, k: int) -> str:
-    return f"{split[model][pooling][k]:.2f}" if model in split else "–"
+def cluster_summary(report: ClusterReport) -> dict[str, Any]:
+    """Returns the chosen pooling's Hungarian accuracies, and every measure as mean, deviation and lowest inertia's."""
+    measured = {"holdout": report.holdout_measures, "test": report.test_measures}
+    found = {
+        split: {
+            model: {
+                pooling: {name: asdict(spread) for name, spread in measures.items()}
+                for pooling, measures in of_model.items()
+            }
+            for model, of_model in spreads.items()
+        }
+        for split, spreads in measured.items()
+    }
+    return {**accuracy_summary(report), "all": found}
+
+
+def learnt(report: AccuracyReport) -> tuple[str, ...]:
+    """Returns the models that are no baseline (all, if there is nothing else)."""
+    models = tuple(report.test or report.holdout)
+    return tuple(model for model in models if model not in BASELINES) or models
 
 
 def plot_run(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -80,7 +117,7 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for model, name in best_figures(evaluations[-1] if evaluations else {}).items():
         points = [(row["step"], row[name]) for row in evaluations if name in row]
         label = name.removeprefix("knn/").replace("/", ", ")
-        if model in (RAW_PIXELS, RANDOM_INIT):
+        if model in BASELINES:
             value = points[-1][1]
             right.axhline(value, linestyle="--", linewidth=1, color="grey")
             right.annotate(label, (0, value), textcoords="offset points", xytext=(4, 3), fontsize=7, color="grey")

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from maestri.model.collectives import max_over_ranks, mean_over_ranks_with_gradient, sum_over_ranks, world_size
 
 Balance = Literal["sinkhorn", "centring", "none"]
+SinkhornStart = Literal["scores", "probabilities"]
 
 
-def sinkhorn(scores: Tensor, *, temperature: float, iterations: int = 3) -> Tensor:
+def sinkhorn(scores: Tensor, *, temperature: float, iterations: int = 3, start: SinkhornStart = "scores") -> Tensor:
     """Returns soft labels ``sample proto``, float32, rows sum to 1, prototypes used alike over all ranks' samples.
 
     SwAV (arXiv 2006.09882), algorithm 1, in the scaled form: only the two scaling vectors are iterated, and the
@@ -21,9 +22,15 @@ def sinkhorn(scores: Tensor, *, temperature: float, iterations: int = 3) -> Tens
         scores: ``sample proto`` of this rank, e.g. cosine similarities; every rank has as many samples.
         temperature: divides the scores.
         iterations: pairs of (prototype, sample) normalisations.
+        start: what is normalised first: ``scores``, exp(scores / temperature), in which a sample whose scores are all
+            high weighs more; or ``probabilities``, softmax(scores / temperature), in which samples weigh alike, as in
+            MSN (arXiv 2204.07141): its predictions softmax(scores / τ), sharpened by T, are those at temperature τ · T.
     """
     scores = scores.float() / temperature
-    kernel = (scores - max_over_ranks(scores.max().clone())).exp()
+    if start == "probabilities":
+        kernel = torch.softmax(scores, dim=-1)
+    else:
+        kernel = (scores - max_over_ranks(scores.max().clone())).exp()
     num_samples, num_prototypes = kernel.shape[0] * world_size(), kernel.shape[1]
     sample_scale = torch.full((kernel.shape[0],), 1.0 / num_samples, device=kernel.device)
     prototype_scale = torch.ones(num_prototypes, device=kernel.device)
@@ -43,7 +50,13 @@ class Assigner(nn.Module):
     center: Tensor
 
     def __init__(
-        self, balance: Balance, *, num_prototypes: int, center_momentum: float = 0.9, iterations: int = 3
+        self,
+        balance: Balance,
+        *,
+        num_prototypes: int,
+        center_momentum: float = 0.9,
+        iterations: int = 3,
+        start: SinkhornStart = "scores",
     ) -> None:
         """Makes the state: a centre of zeros.
 
@@ -52,10 +65,12 @@ class Assigner(nn.Module):
             num_prototypes: scores of a sample.
             center_momentum: of the centre, for centring.
             iterations: of Sinkhorn.
+            start: of Sinkhorn.
         """
         super().__init__()
         self.balance = balance
         self.iterations = iterations
+        self.start = start
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(num_prototypes))
         self._staged: Tensor | None = None
@@ -64,7 +79,7 @@ class Assigner(nn.Module):
         """Returns float32 soft labels ``sample proto`` for teacher scores of the same shape."""
         scores = scores.float()
         if self.balance == "sinkhorn":
-            return sinkhorn(scores, temperature=temperature, iterations=self.iterations)
+            return sinkhorn(scores, temperature=temperature, iterations=self.iterations, start=self.start)
         if self.balance == "centring":
             mean = sum_over_ranks(scores.mean(dim=0)) / world_size()
             self._staged = self.center_momentum * self.center + (1 - self.center_momentum) * mean
@@ -109,6 +124,17 @@ def mutual_information(scores: Tensor, *, temperature: float, limit: int = 4096)
     scale = math.log(scores.shape[-1])
     mean_entropy = torch.special.entr(p).sum(dim=-1).mean()
     return (torch.special.entr(mean).sum() - mean_entropy) / scale, mean_entropy / scale
+
+
+@torch.no_grad()
+def prototypes_used(scores: Tensor, *, limit: int = 4096) -> Tensor:
+    """Returns how many prototypes are some sample's best, as a share of as many as could be.
+
+    That is the prototypes or the samples, whichever are fewer.  Over the first ``limit`` samples of this rank.
+    """
+    best = scores[:limit].argmax(dim=-1)
+    is_used = torch.zeros(scores.shape[-1], device=scores.device).index_fill_(0, best, 1.0)
+    return is_used.sum() / min(len(best), scores.shape[-1])
 
 
 @torch.no_grad()

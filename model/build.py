@@ -1,13 +1,18 @@
 """Methods by name."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from maestri.model.encoder import EncoderConfig, build_encoder
+from maestri.model import mae, maect, maskcluster, plmae
+from maestri.model.encoder import Encoder, EncoderConfig, build_encoder
 from maestri.model.mae import Mae, MaeConfig
-from maestri.model.method import Method
+from maestri.model.maect import Maect
+from maestri.model.maect_config import MaectConfig
+from maestri.model.maskcluster import Maskcluster, MaskclusterConfig
+from maestri.model.method import Method, ViewFacts
 from maestri.model.plmae import Plmae
 from maestri.model.plmae_config import PlmaeConfig
 
@@ -16,46 +21,25 @@ from maestri.model.plmae_config import PlmaeConfig
 class MethodConfig:
     """Which method is trained, and the settings of each."""
 
-    name: Literal["plmae", "mae"] = "plmae"
+    name: Literal["plmae", "mae", "maect", "maskcluster"] = "plmae"
     """The method; only its own section below is used."""
     plmae: PlmaeConfig = field(default_factory=PlmaeConfig)
     """PL-MAE."""
     mae: MaeConfig = field(default_factory=MaeConfig)
     """MAE."""
+    maect: MaectConfig = field(default_factory=MaectConfig)
+    """MAE-CT."""
+    maskcluster: MaskclusterConfig = field(default_factory=MaskclusterConfig)
+    """MaskCluster."""
 
 
-def check_views(
-    config: MethodConfig, *, num_views: int, num_local: int = 0, num_masked: int | None, corrupted: bool = False
-) -> None:
+def check_views(config: MethodConfig, facts: ViewFacts) -> None:
     """Checks that the views carry what the method needs, and nothing that it would ignore.
 
-    Args:
-        config: the method.
-        num_views: global views of a sample.
-        num_local: local views of a sample.
-        num_masked: tokens that a view hides; None where views hide different numbers.
-        corrupted: whether views have corrupted twins.
-
     Raises:
-        ValueError: cross-view labels with one view, nothing or varying numbers hidden where hidden tokens are
-            predicted, or views that the method has no use for.
+        ValueError: names the field of ``views`` and the method.
     """
-    plmae = config.name == "plmae"
-    if plmae and config.plmae.class_level.weight and config.plmae.class_pairs == "cross" and num_views < 2:
-        raise ValueError(
-            f"views.count is {num_views}; method.plmae.class_pairs: cross needs at least 2 (or set class_pairs: same)"
-        )
-    if num_local:
-        raise ValueError(f"views.local.count is {num_local}; method {config.name} has no use for local views")
-    if corrupted:
-        raise ValueError(f"views.corruption.coverage is above 0; method {config.name} hides tokens, see views.mask")
-    if num_masked is None:
-        raise ValueError(
-            f"views.mask.spread and views.mask.unmasked must be 0: method {config.name} encodes visible tokens alone, "
-            "equally many in each view"
-        )
-    if num_masked < 1 and (not plmae or config.plmae.uses_decoder):
-        raise ValueError("views.mask.ratio hides no token, but the method predicts hidden tokens; raise it")
+    _METHODS[config.name].check(getattr(config, config.name), facts)
 
 
 def build_method(config: MethodConfig, encoder: EncoderConfig, *, image_size: int, num_steps: int, seed: int) -> Method:
@@ -63,6 +47,24 @@ def build_method(config: MethodConfig, encoder: EncoderConfig, *, image_size: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build_encoder(encoder, image_size=image_size)
-        if config.name == "mae":
-            return Mae(backbone, config.mae)
-        return Plmae(backbone, config.plmae, num_steps=num_steps, seed=seed)
+        return _METHODS[config.name].build(getattr(config, config.name), backbone, num_steps, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """How a method checks its views and is built; both take the method's own section of the configuration."""
+
+    check: Callable[[Any, ViewFacts], None]
+    build: Callable[[Any, Encoder, int, int], Method]
+
+
+_METHODS = {
+    "plmae": _Entry(
+        plmae.check_views, lambda config, encoder, steps, seed: Plmae(encoder, config, num_steps=steps, seed=seed)
+    ),
+    "mae": _Entry(mae.check_views, lambda config, encoder, steps, seed: Mae(encoder, config)),
+    "maect": _Entry(maect.check_views, lambda config, encoder, steps, seed: Maect(encoder, config, seed=seed)),
+    "maskcluster": _Entry(
+        maskcluster.check_views, lambda config, encoder, steps, seed: Maskcluster(encoder, config, num_steps=steps)
+    ),
+}

@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -126,12 +127,13 @@ class Encoder(VisionTransformer):
         """Returns ``batch 1+visible dim`` after the last norm, the class token first.
 
         Args:
-            images: uint8 ``batch 3 height width``, 0–255.
+            images: uint8 ``batch 3 height width``, 0–255, square; of another size than the encoder's own (local views),
+                positions are resampled.
             visible: int64 ``batch visible``, the tokens to encode; all of them when None.
         """
         patches = to_patches(images, self.patch)
         all_positions = self._token("pos_embed")
-        positions = all_positions[:, 1:]
+        positions = self._patch_positions(images.shape[-1] // self.patch)
         if visible is not None:
             patches = take(patches, visible)
             positions = take(positions.expand(len(images), -1, -1), visible)
@@ -141,6 +143,17 @@ class Encoder(VisionTransformer):
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)  # type: ignore[no-any-return]
+
+    def _patch_positions(self, side: int) -> Tensor:
+        """Returns the positions of ``side`` × ``side`` patches, ``1 token dim``."""
+        positions = self._token("pos_embed")[:, 1:]
+        if side * side == self.num_tokens:
+            return positions
+        own = round(self.num_tokens**0.5)
+        # As DINO does for local crops; in float32, and antialiased as timm's resampling of checkpoints is.
+        grid = positions.float().view(1, own, own, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+        return grid.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
 
     def _token(self, name: str) -> nn.Parameter:
         """Returns a parameter that timm declares optional."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from maestri.model.assignment import rank_me
 from maestri.model.decoder import Decoder, DecoderConfig
 from maestri.model.encoder import Encoder, normalise, take, to_patches
-from maestri.model.method import Teacher
+from maestri.model.method import Teacher, ViewFacts
 from maestri.pipelines.batch import Batch
 
 
@@ -21,6 +21,13 @@ class MaeConfig:
     """The pixel decoder."""
     normalise_pixels: bool = True
     """Whether each patch's target has mean 0 and variance 1 (the paper's better variant)."""
+
+
+def check_views(config: MaeConfig, facts: ViewFacts) -> None:
+    """Raises ValueError where the views lack what MAE needs, or carry what it would ignore."""
+    facts.refuse_local("mae")
+    facts.refuse_corruption("mae")
+    facts.need_hidden("mae", at_least=1)
 
 
 class MaeStudent(nn.Module):
@@ -47,6 +54,8 @@ class MaeStudent(nn.Module):
 
 class Mae:
     """Masked pixels from visible tokens; no teacher."""
+
+    inherits: tuple[str, ...] = ()
 
     def __init__(self, encoder: Encoder, config: MaeConfig) -> None:
         self.student = MaeStudent(encoder, config)

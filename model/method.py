@@ -9,6 +9,46 @@ from torch import Tensor, nn
 from maestri.pipelines.batch import Batch
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewFacts:
+    """What a run's views carry, for a method to check before anything is built."""
+
+    num_views: int
+    """Global views of a sample."""
+    num_local: int = 0
+    """Local views of a sample."""
+    num_masked: int | None = 0
+    """Tokens that each global view hides; None where views hide different numbers."""
+    corrupted: bool = False
+    """Whether global views have corrupted twins."""
+    aligned: bool = True
+    """Whether what is corrupted is made of whole tokens."""
+    micro_size: int = 0
+    """Images per micro-batch, over all ranks; 0 where that is not known."""
+
+    def refuse_local(self, method: str) -> None:
+        """Raises ValueError where there are local views."""
+        if self.num_local:
+            raise ValueError(f"views.local.count is {self.num_local}; method {method} has no use for local views")
+
+    def refuse_corruption(self, method: str) -> None:
+        """Raises ValueError where views have corrupted twins."""
+        if self.corrupted:
+            raise ValueError(
+                f"views.corruption.coverage is above 0; method {method} does not look at corrupted views; set it to 0"
+            )
+
+    def need_hidden(self, method: str, *, at_least: int) -> None:
+        """Raises ValueError unless all views hide the same number of tokens, and that number is large enough."""
+        if self.num_masked is None:
+            raise ValueError(
+                f"views.mask.spread and views.mask.unmasked must be 0: method {method} encodes visible tokens alone, "
+                "equally many in each view"
+            )
+        if self.num_masked < at_least:
+            raise ValueError("views.mask.ratio hides no token, but the method predicts hidden tokens; raise it")
+
+
 @dataclass(kw_only=True, slots=True)
 class Teacher:
     """A module that follows parameters of the student by an exponential moving average."""
@@ -24,7 +64,7 @@ class Teacher:
     buffers: Literal["copy", "own"] = "copy"
     """Whether buffers are copied from the student at each update, or the teacher keeps its own."""
     train_mode: bool = False
-    """Whether the module runs in train mode (batch statistics, drop-path); methods here use eval mode."""
+    """Whether the module runs in train mode (batch statistics, drop-path)."""
 
 
 class Method(Protocol):
@@ -47,12 +87,20 @@ class Method(Protocol):
 
     @property
     def teachers(self) -> Mapping[str, Teacher]:
-        """By role, e.g. ``labelling_teacher`` and ``reconstruction_teacher``; each module has an ``encoder``."""
+        """By role, e.g. ``labelling_teacher``; those whose module has an ``encoder`` are judged beside the student."""
         ...
 
     @property
     def state(self) -> nn.Module:
         """Queues, centres, codebooks: float32 buffers outside the student, identical on all ranks, saved with it."""
+        ...
+
+    @property
+    def inherits(self) -> tuple[str, ...]:
+        """Prefixes of student parameters that must come from another run; empty: it can start from drawn weights.
+
+        Those of ``state`` are taken from it where they have the same shape.
+        """
         ...
 
     def targets(self, batch: Batch, step: int) -> Mapping[str, Tensor]:

@@ -6,21 +6,41 @@ its own schedule, gives discrete tokens that a decoder predicts at hidden positi
 """
 
 import copy
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maestri.model.assignment import Assigner, cross_entropy, me_max, mutual_information, rank_me
+from maestri.model.assignment import Assigner, cross_entropy, rank_me
 from maestri.model.codebook import Codebook
 from maestri.model.decoder import Decoder
 from maestri.model.encoder import Encoder, take
 from maestri.model.heads import Head
-from maestri.model.method import Teacher
-from maestri.model.plmae_config import MomentumConfig, PlmaeConfig
+from maestri.model.levels import (
+    MomentumConfig,
+    cosine_momentum,
+    level_loss,
+    level_monitors,
+    new_assigner,
+    other_views,
+    teacher_temperature,
+)
+from maestri.model.method import Teacher, ViewFacts
+from maestri.model.plmae_config import PlmaeConfig
 from maestri.pipelines.batch import Batch
+
+
+def check_views(config: PlmaeConfig, facts: ViewFacts) -> None:
+    """Raises ValueError where the views lack what PL-MAE needs, or carry what it would ignore."""
+    if config.class_level.weight and config.class_pairs == "cross" and facts.num_views < 2:
+        raise ValueError(
+            f"views.count is {facts.num_views}; method.plmae.class_pairs: cross needs at least 2 "
+            "(or set class_pairs: same)"
+        )
+    facts.refuse_local("plmae")
+    facts.refuse_corruption("plmae")
+    facts.need_hidden("plmae", at_least=1 if config.uses_decoder else 0)
 
 
 class PlmaeStudent(nn.Module):
@@ -65,6 +85,8 @@ class PlmaeStudent(nn.Module):
 class Plmae:
     """The method: targets of the teachers, losses of the student."""
 
+    inherits: tuple[str, ...] = ()
+
     def __init__(self, encoder: Encoder, config: PlmaeConfig, *, num_steps: int, seed: int) -> None:
         self.student = PlmaeStudent(encoder, config)
         self.teachers = _teachers(self.student, config, num_steps=num_steps)
@@ -82,7 +104,7 @@ class Plmae:
             group["global"].flatten(0, 1) for group in (batch.views, batch.visible, batch.masked)
         )
         config, num_views = self._config, len(batch.views["global"])
-        temperature = teacher_temperature(config, step / self._num_steps)
+        temperature = teacher_temperature(config.temperature, step / self._num_steps)
         targets: dict[str, Tensor] = {}
 
         tokens = images[:0]
@@ -93,7 +115,7 @@ class Plmae:
                 scores = labeller.get_submodule("class_head")(tokens[:, 0])
                 labels = self._labels("class_level", scores, temperature)
                 targets["class_scores"] = scores
-                targets["class_labels"] = _other_views(labels, num_views) if config.class_pairs == "cross" else labels
+                targets["class_labels"] = other_views(labels, num_views) if config.class_pairs == "cross" else labels
             if config.data_level.weight:
                 seen, hidden = take(tokens[:, 1:], visible), take(tokens[:, 1:], masked)
                 scores = labeller.get_submodule("data_head")(_at(config.data_positions, seen, hidden))
@@ -121,15 +143,15 @@ class Plmae:
         for name, level in (("class", config.class_level), ("data", config.data_level)):
             if not level.weight:
                 continue
-            scores = outputs[f"{name}_scores"].flatten(0, -2)
-            labels = targets[f"{name}_labels"].flatten(0, -2)
-            loss = cross_entropy(labels, scores, temperature=student).mean()
-            total = total + level.weight * loss
-            metrics[f"loss_{name}"] = loss.detach()
-            if level.me_max:
-                spread = me_max(scores, temperature=student)
-                total = total + level.me_max * spread
-                metrics[f"me_max_{name}"] = spread.detach()
+            loss, parts = level_loss(
+                name,
+                level,
+                labels=targets[f"{name}_labels"],
+                scores=outputs[f"{name}_scores"],
+                temperature=student,
+            )
+            total = total + loss
+            metrics |= parts
         if config.reconstruction.weight:
             loss = self._reconstruction_loss(outputs["reconstruction"], targets["reconstruction"])
             total = total + config.reconstruction.weight * loss
@@ -137,17 +159,17 @@ class Plmae:
         return total, metrics
 
     def monitors(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns mutual information and entropy of assignments (shares of log K, before Sinkhorn), and RankMe."""
+        """Returns what tells of collapse: each level's monitors, before Sinkhorn, and RankMe of the class token."""
         figures = {"rank_me": rank_me(outputs["class_token"])}
         for name in ("class", "data"):
             if f"{name}_scores" not in outputs:
                 continue
-            # One temperature for both, so that teacher and student can be compared, and with other runs.
-            for role, source in (("student", outputs), ("teacher", targets)):
-                scores = source[f"{name}_scores"].flatten(0, -2)
-                information, entropy = mutual_information(scores, temperature=self._config.temperature.student)
-                figures[f"information_{name}_{role}"] = information
-                figures[f"entropy_{name}_{role}"] = entropy
+            figures |= level_monitors(
+                name,
+                student=outputs[f"{name}_scores"],
+                teacher=targets[f"{name}_scores"],
+                temperature=self._config.temperature.student,
+            )
         return figures
 
     def commit(self) -> None:
@@ -190,34 +212,10 @@ class Plmae:
         return F.cross_entropy(outputs.flatten(0, 1).float(), targets.flatten())
 
 
-def teacher_temperature(config: PlmaeConfig, progress: float) -> float:
-    """Returns the temperature of the labels at ``progress`` (0–1) through the run."""
-    settings = config.temperature
-    share = min(1.0, progress / settings.warmup) if settings.warmup else 1.0
-    return settings.teacher_start + share * (settings.teacher_end - settings.teacher_start)
-
-
-def cosine_momentum(config: MomentumConfig, num_steps: int) -> Callable[[int], float]:
-    """Returns step → m, from ``start`` to ``end`` along half a cosine over ``num_steps``."""
-
-    def momentum(step: int) -> float:
-        progress = min(1.0, step / max(1, num_steps))
-        return config.end - (config.end - config.start) * (1 + math.cos(math.pi * progress)) / 2
-
-    return momentum
-
-
 def _at(positions: str, visible: Tensor, masked: Tensor) -> Tensor:
     if positions == "both":
         return torch.cat([visible, masked], dim=1)
     return visible if positions == "visible" else masked
-
-
-def _other_views(labels: Tensor, num_views: int) -> Tensor:
-    """Returns for each view the mean of the others' labels; ``view·batch proto``."""
-    by_view = labels.view(num_views, -1, labels.shape[-1])
-    others: Tensor = (by_view.sum(dim=0) - by_view) / (num_views - 1)
-    return others.flatten(0, 1)
 
 
 def _reconstruction_head(config: PlmaeConfig, dim: int) -> nn.Module:
@@ -255,13 +253,7 @@ def _state(config: PlmaeConfig, encoder: Encoder, *, seed: int) -> nn.Module:
     state = nn.Module()
     for name, level in (("class_level", config.class_level), ("data_level", config.data_level)):
         if level.weight:
-            assigner = Assigner(
-                level.balance,
-                num_prototypes=level.head.prototypes,
-                center_momentum=level.centre_momentum,
-                iterations=level.sinkhorn_iterations,
-            )
-            state.add_module(name, assigner)
+            state.add_module(name, new_assigner(level))
     settings = config.reconstruction
     if settings.weight and settings.target == "head":
         state.add_module("reconstruction", Assigner("sinkhorn", num_prototypes=settings.head.prototypes))

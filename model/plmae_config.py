@@ -3,75 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from maestri.model.assignment import Balance
 from maestri.model.decoder import DecoderConfig
 from maestri.model.heads import HeadConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LevelConfig:
-    """One level of pseudo labels: of images (class token) or of patches (data tokens)."""
-
-    weight: float = 1.0
-    """Weight of this level's cross-entropy in the loss; 0 leaves the level out."""
-    head: HeadConfig = field(default_factory=HeadConfig)
-    """Projection and prototypes; the student's and, by EMA, the labelling teacher's."""
-    balance: Balance = "sinkhorn"
-    """What keeps the teacher's labels from collapse."""
-    sinkhorn_iterations: int = 3
-    """Pairs of normalisations under ``balance: sinkhorn``."""
-    centre_momentum: float = 0.9
-    """How much of the centre stays at each micro-step under ``balance: centring``."""
-    me_max: float = 0.0
-    """Weight of log K − H(mean student prediction), which keeps the student's predictions from collapse."""
-
-    def __post_init__(self) -> None:
-        for name in ("weight", "me_max"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; a weight of the loss must be at least 0")
-        if self.sinkhorn_iterations < 1:
-            raise ValueError(f"sinkhorn_iterations is {self.sinkhorn_iterations}; expected at least 1")
-        if not 0 <= self.centre_momentum < 1:
-            raise ValueError(f"centre_momentum is {self.centre_momentum}; expected at least 0 and below 1")
-        if self.me_max and not self.weight:
-            raise ValueError(
-                f"me_max is {self.me_max}, but the level has weight 0 and is left out; set me_max to 0 too"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MomentumConfig:
-    """m of a teacher, from ``start`` to ``end`` along half a cosine over the run."""
-
-    start: float = 0.996
-    """m at the first step; a half-life is log 2 / (1 − m) steps."""
-    end: float = 1.0
-    """m at the last step."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.start <= 1.0 or not 0.0 <= self.end <= 1.0:
-            raise ValueError(f"momentum runs from {self.start} to {self.end}; both must lie in [0, 1]")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TemperatureConfig:
-    """Temperatures of the softmaxes over prototypes."""
-
-    student: float = 0.1
-    """Of the student's predictions."""
-    teacher_start: float = 0.04
-    """Of the labels at the first step."""
-    teacher_end: float = 0.07
-    """Of the labels after the warm-up."""
-    warmup: float = 0.1
-    """Fraction of the run over which the labels' temperature rises, linearly."""
-
-    def __post_init__(self) -> None:
-        for name in ("student", "teacher_start", "teacher_end"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"temperature.{name} is {getattr(self, name)}; it must be above 0")
-        if not 0.0 <= self.warmup <= 1.0:
-            raise ValueError(f"temperature.warmup is {self.warmup}; it is a fraction of the run, in [0, 1]")
+from maestri.model.levels import LevelConfig, MomentumConfig, TemperatureConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from maestri.engine.checkpoint import load_weights
 from maestri.shards.convert import ConvertConfig, convert
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train.py"
@@ -138,6 +141,37 @@ def test_train__after_sigkill_continues_bit_equal(folder: Path) -> None:
     assert losses_of(folder / "killed") == losses_of(folder / "whole")
 
 
+def test_train__damaged_checkpoint_is_told_and_the_one_before_continued(folder: Path) -> None:
+    shutil.copytree(folder / "whole", folder / "torn")
+    newest = folder / "torn" / "checkpoints" / "step_00000024"
+    weights = (newest / "optimizer.safetensors").read_bytes()
+    (newest / "optimizer.safetensors").write_bytes(weights[: len(weights) // 2])
+    again = train(folder, "--out", "torn", "--logging.tensorboard", "True")
+    told = " ".join(again.stdout.split())
+    assert again.returncode == 0, again.stderr
+    assert "step_00000024 is damaged: optimizer.safetensors is not what was written; continuing the one before" in told
+    assert "continuing torn after step 20" in told
+    assert losses_of(folder / "torn") == losses_of(folder / "whole")
+    for checkpoint in (folder / "torn" / "checkpoints").glob("step_*"):
+        (checkpoint / "method.safetensors").unlink()
+    refused = train(folder, "--out", "torn", "--logging.tensorboard", "True")
+    assert refused.returncode == 1
+    assert "no checkpoint of torn can be continued" in one_line(refused.stderr)
+
+
+def test_train__continues_on_two_ranks_at_another_stage(folder: Path) -> None:
+    flags = ["--out", "moved", "--encoder.drop_path", "0"]
+    assert start_and_signal(folder, signal.SIGTERM, rows=3, flags=flags) == 75
+    again = train(folder, *flags, "--engine.zero_stage", "3", ranks=2)
+    told = " ".join(again.stdout.split())
+    assert again.returncode == 0, again.stderr
+    assert "written by 1 CPU rank:" in told and "changed settings: engine.zero_stage (1 → 3)" in told
+    still = train(folder, "--out", "still", "--encoder.drop_path", "0")
+    assert still.returncode == 0
+    for found, expected in zip(losses_of(folder / "moved"), losses_of(folder / "still"), strict=True):
+        assert found == pytest.approx(expected, rel=5e-5)
+
+
 def test_train__sigterm_writes_a_checkpoint_and_exits_75(folder: Path) -> None:
     flags = ["--out", "stopped", "--checkpoint.every", "0"]
     assert start_and_signal(folder, signal.SIGTERM, rows=2, flags=flags) == 75
@@ -185,3 +219,101 @@ def test_train__bad_input_is_one_line(folder: Path, flags: list[str], code: int,
     assert done.returncode == code
     assert expected in one_line(done.stderr)
     assert not (folder / "none").exists()
+
+
+def stages(folder: Path, *flags: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
+    """Trains two stages by one command: MAE, then PL-MAE from its weights."""
+    (folder / "first.yaml").write_text(CONFIG.replace("method:", "out: first\nmethod:\n  name: mae"))
+    (folder / "second.yaml").write_text(CONFIG.replace("method:", "out: second\ninitial: {run: first}\nmethod:"))
+    words = command("--steps", "6", *flags, ranks=ranks)
+    at = words.index("tiny.yaml")
+    words[at : at + 1] = ["first.yaml", "second.yaml"]
+    return subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+def test_train__stages_hand_their_weights_on(folder: Path) -> None:
+    done = stages(folder)
+    assert done.returncode == 0, done.stderr
+    told = "starting from the student of first/checkpoints/step_00000006: encoder; drawn anew: "
+    assert told + "class_head, data_head, decoder, reconstruction_head" in " ".join(done.stdout.split())
+    ended = load_weights(folder / "first/checkpoints/step_00000006")
+    start = folder / "start"
+    alone = train(folder, "--initial.run", "first", "--out", str(start), "--steps", "1", "--optimizer.base_lr", "0")
+    assert alone.returncode == 0, alone.stderr
+    begun = load_weights(start / "checkpoints/step_00000001")
+    teacher = load_weights(start / "checkpoints/step_00000001", "labelling_teacher")
+    names = [name for name in begun if name.startswith("encoder.blocks.")]
+    assert names and all(torch.allclose(begun[name], ended[name], atol=1e-6) for name in names)
+    assert all(torch.allclose(teacher[name], ended[name], atol=1e-6) for name in names)
+    again = stages(folder)
+    assert again.returncode == 0 and again.stdout.splitlines() == ["first is complete", "second is complete"]
+
+
+def test_train__stages_on_two_ranks_equal_one(folder: Path, tmp_path: Path) -> None:
+    for name in ("tiny.yaml", "shards"):
+        (tmp_path / name).symlink_to(folder / name)
+    flags = ["--encoder.drop_path", "0", "--engine.zero_stage", "2"]
+    for path, ranks in ((tmp_path / "one", 1), (tmp_path / "two", 2)):
+        path.mkdir()
+        (path / "shards").symlink_to(folder / "shards")
+        done = stages(path, *flags, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    for stage in ("first", "second"):
+        one, two = (
+            [row["loss"] for row in rows_of(tmp_path / ranks / stage) if row["step"] > 1] for ranks in ("one", "two")
+        )
+        assert one == pytest.approx(two, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--initial.run", "nowhere"], "nowhere holds no whole checkpoint"),
+        (["--initial.run", "whole", "--initial.model", "nobody"], "holds no weights of 'nobody'"),
+        (["--initial.file", "tiny.yaml"], "tiny.yaml is damaged"),
+        (["--initial.file", "nothing.pth"], "there is no file nothing.pth"),
+        (
+            ["--initial.run", "whole", "--encoder.dim", "48"],
+            "encoder.blocks.0.attn.proj.bias is [32] there and [48] here",
+        ),
+        (
+            ["--initial.run", "whole", "--encoder.depth", "1"],
+            "encoder.blocks.1.attn.proj.bias is [32] there and absent here",
+        ),
+        (
+            ["--initial.run", "whole", "--encoder.depth", "3"],
+            "encoder.blocks.2.attn.proj.bias is absent there and [32] here",
+        ),
+    ],
+)
+def test_train__initial_weights_that_do_not_fit(folder: Path, flags: list[str], message: str) -> None:
+    done = train(folder, "--out", "misfit", *flags)
+    assert done.returncode == 1 and message in one_line(done.stderr)
+    assert not (folder / "misfit" / "checkpoints").exists()
+
+
+def test_train__stages_that_share_a_folder_are_refused(folder: Path) -> None:
+    done = stages(folder, "--out", "both")
+    assert done.returncode == 2 and "out is both in more than one configuration" in one_line(done.stderr)
+
+
+def test_train__schedules_reach_the_optimizer(folder: Path) -> None:
+    """Prototypes stay while they are frozen, and a low layer moves less than a high one."""
+    flags = ["--steps", "4", "--optimizer.freeze_prototypes", "4", "--optimizer.layer_decay", "0.1"]
+    flags += ["--optimizer.weight_decay", "0", "--optimizer.warmup", "0"]
+    for stage in ("0", "1", "3"):
+        out = f"decayed_{stage}"
+        done = train(folder, "--out", out, "--checkpoint.every", "1", "--checkpoint.keep", "9", *flags,
+                     "--engine.zero_stage", stage)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        first, last = (load_weights(folder / out / f"checkpoints/step_0000000{step}") for step in (1, 4))
+        assert torch.equal(first["class_head.prototypes"], last["class_head.prototypes"])
+        moved = [
+            float((last[name] - first[name]).abs().mean())
+            for name in (
+                "encoder.patch_embed.proj.weight",
+                "encoder.blocks.1.mlp.fc1.weight",
+                "class_head.mlp.0.weight",
+            )
+        ]
+        assert moved[0] < 0.05 * moved[1] and moved[1] < 0.5 * moved[2] and moved[0] > 0

@@ -1,34 +1,41 @@
 """Run by test_ranks.py in one or two processes: trains PL-MAE on synthetic batches at several ZeRO stages.
 
 Writes ``OUT/<rank>.json`` with what the tests look at.  Usage: ranks_program.py OUT CASE …, a CASE being
-``stage-precision-accumulation``, e.g. ``2-bf16-1``.
+``stage-precision-accumulation``, e.g. ``2-bf16-1``, or ``FOLDER/CASE>CASE@STEP``: the first one's run, found in FOLDER,
+goes on as the second until STEP.
 """
 
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
-from maestri.engine import checkpoint, distributed
-from maestri.engine.checkpoint import Parts
-from maestri.engine.config import BatchConfig, EngineConfig, OptimizerConfig
+from maestri.engine import checkpoint, continuation, distributed
+from maestri.engine.config import BatchConfig, CheckpointConfig, EngineConfig, OptimizerConfig
+from maestri.engine.continuation import Parts
 from maestri.engine.errors import CheckpointError
 from maestri.engine.logs import Meter
 from maestri.engine.masters import gather_masters
 from maestri.engine.start import start_engine
-from maestri.engine.step import set_learning_rate, train_step
+from maestri.engine.step import set_schedules, train_step
 from maestri.model.build import MethodConfig, build_method
 from maestri.model.decoder import DecoderConfig
 from maestri.model.encoder import EncoderConfig
 from maestri.model.heads import HeadConfig
-from maestri.model.plmae_config import LevelConfig, MomentumConfig, PlmaeConfig, ReconstructionConfig
+from maestri.model.levels import LevelConfig, MomentumConfig
+from maestri.model.plmae_config import PlmaeConfig, ReconstructionConfig
 from maestri.pipelines.batch import Batch
 
 SIZE, PATCH, GLOBAL_SIZE, STEPS = 16, 4, 16, 6
+LONG = ("0-fp32-1", "1-bf16-1", "3-bf16-1")
+"""Cases whose teachers are averaged a thousand times."""
+KEEP_ONE = CheckpointConfig(keep=1)
 
 
 class SyntheticLoader:
@@ -121,7 +128,7 @@ def mean_metrics(metrics: Any) -> dict[str, float]:
 def steps(parts: Parts, first: int, last: int) -> Iterator[dict[str, float]]:
     """Yields the metrics of each optimizer step."""
     for step in range(first, last):
-        set_learning_rate(parts.engine, 1e-2)
+        set_schedules(parts.engine, learning_rate=1e-2, weight_decay=0.05, prototypes_frozen=False)
         yield mean_metrics(train_step(parts.engine, parts.method, parts.teachers, parts.loader, step).metrics)  # type: ignore[arg-type]
 
 
@@ -130,6 +137,11 @@ def relative(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor])
     difference = sum(float((found[name].double() - value).square().sum()) for name, value in reference.items())
     norm = sum(float(value.square().sum()) for value in reference.values())
     return float((difference / norm) ** 0.5)
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """Returns whether every tensor found is, bit by bit, the expected one."""
+    return all(torch.equal(value.float(), expected[name].float()) for name, value in found.items())
 
 
 def run_case(case: str, ranks: distributed.Ranks, out: Path) -> dict[str, Any]:
@@ -150,7 +162,7 @@ def run_case(case: str, ranks: distributed.Ranks, out: Path) -> dict[str, Any]:
             momentum = parts.method.teachers[role].momentum(step)
             references[role] = {n: momentum * v + (1 - momentum) * masters[n].double() for n, v in reference.items()}
         if step + 1 == STEPS // 2:
-            saved = checkpoint.save(out / case, parts, step=step + 1, config={"case": case}, keep=1)
+            continuation.save(out / case, parts, step=step + 1, config={"case": case}, settings=KEEP_ONE)
     teachers: dict[str, Any] = {}
     for role, teacher in parts.method.teachers.items():
         average = parts.teachers.gather(role)
@@ -166,69 +178,161 @@ def run_case(case: str, ranks: distributed.Ranks, out: Path) -> dict[str, Any]:
         }
     final = gather_masters(parts.masters)
     again = build(case, ranks, seed=1)
-    first = checkpoint.resume(saved, again, config={"case": case})
+    first = continuation.resume(out / case, again, config={"case": case}).step
     resumed = list(steps(again, first, STEPS))
     after = gather_masters(again.masters)
+    ended = {role: parts.teachers.gather(role) for role in follows}
+    equal = all(same(again.teachers.gather(role), ended[role]) for role in follows)
+    if ranks.is_main:
+        save_file(final | {f"{role}/{n}": v for role in ended for n, v in ended[role].items()}, out / f"{case}.ended")
     return {
         "losses": losses,
         "teachers": teachers,
+        "update": cost_of_update(again),
+        "long_average": long_average(again) if case in LONG else {},
         "resumed_losses_equal": resumed == losses[first:],
         "resumed_weights_equal": all(torch.equal(final[name], after[name]) for name in final),
-        "resumed_teachers_equal": all(
-            torch.equal(value, again.teachers.gather(role)[name])
-            for role in follows
-            for name, value in parts.teachers.gather(role).items()
-        ),
+        "resumed_teachers_equal": equal,
     }
+
+
+def cost_of_update(parts: Parts) -> dict[str, Any]:
+    """Returns, by teacher, collectives of an update, optimizer groups followed, and floats kept on this rank."""
+    names = ("all_gather_into_tensor", "all_reduce", "broadcast", "reduce_scatter_tensor", "all_gather", "barrier")
+    originals = {name: getattr(dist, name) for name in names}
+    count = 0
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal count
+            count += 1
+            return originals[name](*arguments, **keywords)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counted(name))
+    parts.teachers.update(STEPS)
+    for name, original in originals.items():
+        setattr(dist, name, original)
+    groups = {role: [g for g in parts.masters if role in g.name.split("/")[0].split("+")] for role in parts.teachers}
+    return {
+        "collectives": count,
+        "groups": sum(len(found) for found in groups.values()),
+        "floats": {role: sum(piece.numel() for piece in parts.teachers.pieces(role)) for role in groups},
+        "followed": {
+            role: sum(p.numel() for n, p in parts.teachers.gather(role).items() if any(n in g.names for g in found))
+            for role, found in groups.items()
+        },
+        "parameters": sum(len(group.names) for found in groups.values() for group in found),
+    }
+
+
+@torch.no_grad()
+def long_average(parts: Parts, *, updates: int = 1000, momentum: float = 0.9999) -> dict[str, float]:
+    """Returns, by teacher, ‖average − float64 average‖ / ‖float64 average‖ after many updates of wandering masters."""
+    generator = torch.Generator().manual_seed(parts.ranks.rank)
+    references = {role: [piece.double() for piece in parts.teachers.pieces(role)] for role in parts.teachers}
+    for teacher in parts.method.teachers.values():
+        teacher.momentum = lambda step: momentum
+    for step in range(updates):
+        for group in parts.masters:
+            for piece in group.local():
+                piece += 0.01 * torch.randn(piece.shape, generator=generator)
+        parts.teachers.update(step)
+        for role, reference in references.items():
+            masters = [p for g in parts.masters if role in g.name.split("/")[0].split("+") for p in g.local()]
+            for average, master in zip(reference, masters, strict=True):
+                average.lerp_(master.double(), 1 - momentum)
+    errors = {}
+    for role, reference in references.items():
+        found = parts.teachers.pieces(role)
+        difference = sum(float((a.double() - b).square().sum()) for a, b in zip(found, reference, strict=True))
+        errors[role] = float((difference / sum(float(b.square().sum()) for b in reference)) ** 0.5)
+    return errors
 
 
 def refusals(ranks: distributed.Ranks, out: Path, case: str) -> dict[str, str]:
     """Returns the lines with which unfitting checkpoints are refused."""
-    saved = checkpoint.latest(out / case)
-    assert saved is not None
     lines = {}
     for name, parts, config in (
         ("model", build(case, ranks, depth=2), {"case": case}),
         ("config", build(case, ranks), {"case": "other"}),
     ):
         try:
-            checkpoint.resume(saved, parts, config=config)
+            continuation.resume(out / case, parts, config=config)
         except CheckpointError as error:
             lines[name] = str(error)
     return lines
 
 
 def full_disk(ranks: distributed.Ranks, out: Path, case: str) -> dict[str, Any]:
-    """Returns what happens when the last rank's disk fills up while DeepSpeed writes."""
+    """Returns what happens when the last rank's disk fills up while weights are written."""
     parts = build(case, ranks)
-    write = parts.engine.checkpoint_engine.save
 
-    def full(state_dict: Any, path: str) -> None:
+    def full(tensors: Any, path: Path) -> None:
         if ranks.rank == ranks.world_size - 1:
-            raise OSError(28, "No space left on device", path)
-        write(state_dict, path)
+            raise OSError(28, "No space left on device", str(path))
+        save_file(tensors, path)
 
     before = checkpoint.latest(out / case)
-    parts.engine.checkpoint_engine.save = full
+    continuation.save_file = full  # type: ignore[attr-defined, assignment]
     line = ""
     try:
-        checkpoint.save(out / case, parts, step=STEPS, config={"case": case}, keep=1)
+        continuation.save(out / case, parts, step=STEPS, config={"case": case}, settings=KEEP_ONE)
     except CheckpointError as error:
         line = str(error)
-    parts.engine.checkpoint_engine.save = write
+    continuation.save_file = save_file  # type: ignore[attr-defined]
     names = sorted(path.name for path in (out / case / "checkpoints").iterdir())
     return {"line": line, "kept": checkpoint.latest(out / case) == before, "names": names}
 
 
+def elsewhere(ranks: distributed.Ranks, run: Path, case: str, to: str, *, stop_at: int) -> dict[str, Any]:
+    """Continues a run as another case, on as many ranks as there are now, saves, and compares with the undisturbed."""
+    config = {"case": case}
+    parts = build(to, ranks, seed=1)
+    found = checkpoint.latest(run / case)
+    assert found is not None
+    continued = continuation.resume(run / case, parts, config=config)
+    exact = same(gather_masters(parts.masters), checkpoint.load_weights(found)) and all(
+        same(parts.teachers.gather(role), checkpoint.load_weights(found, role)) for role in parts.teachers
+    )
+    losses = list(steps(parts, continued.step, stop_at))
+    if stop_at < STEPS:
+        continuation.save(run / case, parts, step=stop_at, config=config, settings=KEEP_ONE)
+    ended = load_file(run / f"{case}.ended")
+    teachers = {role: parts.teachers.gather(role) for role in parts.teachers}
+    return {
+        "first": continued.step,
+        "notes": continued.notes,
+        "exact": exact,
+        "losses": losses,
+        "weights": relative(gather_masters(parts.masters), {n: v for n, v in ended.items() if "/" not in n}),
+        "teachers": {
+            role: relative(found, {n.partition("/")[2]: v for n, v in ended.items() if n.startswith(f"{role}/")})
+            for role, found in teachers.items()
+        },
+    }
+
+
 def main(out: Path, cases: list[str]) -> None:
-    """Runs every case and writes this rank's report."""
+    """Runs every case and writes this rank's report; ``RUN/CASE>CASE@STEP`` continues one elsewhere, up to a step."""
     torch.set_num_threads(1)
     device = distributed.prepare_environment("cpu")
     distributed.quiet_libraries()
     ranks = distributed.start(device, timeout_minutes=2)
-    report: dict[str, Any] = {case: run_case(case, ranks, out) for case in cases}
-    report["refusals"] = refusals(ranks, out, cases[0])
-    report["full_disk"] = full_disk(ranks, out, cases[-1])
+    report: dict[str, Any] = {}
+    for case in cases:
+        if ">" in case:
+            source, _, target = case.partition(">")
+            to, _, stop_at = target.partition("@")
+            run = Path(source)
+            report[case] = elsewhere(ranks, run.parent, run.name, to, stop_at=int(stop_at))
+        else:
+            report[case] = run_case(case, ranks, out)
+    if ">" not in cases[0]:
+        report["refusals"] = refusals(ranks, out, cases[0])
+        report["full_disk"] = full_disk(ranks, out, cases[-1])
     (out / f"{os.environ['RANK']}.json").write_text(json.dumps(report))
     distributed.leave(0, orderly=True)
 

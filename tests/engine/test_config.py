@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from maestri.engine.config import RunConfig, as_plain, changed_fields
+from maestri.engine.config import Changes, RunConfig, as_plain, changes_between
 from maestri.engine.config_files import load_config, read_config, save_config
 
 TEXT = "out: run\ndata: {shards: there}\noptimizer: {base_lr: 1e-3}\n"
@@ -99,11 +99,13 @@ def test_read_config__needs_a_run(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-def test_changed_fields__names_what_matters_and_only_that(path: Path) -> None:
+def test_changes_between__names_what_matters_and_what_does_not(path: Path) -> None:
     old = as_plain(load_config(path))
-    new = as_plain(load_config(path, ["--encoder.depth", "3", "--out", "else", "--checkpoint.keep", "9"]))
-    assert changed_fields(old, new) == ["encoder.depth (12 → 3)"]
-    assert changed_fields(old, old) == []
+    flags = ["--encoder.depth", "3", "--out", "else", "--checkpoint.keep", "9", "--engine.zero_stage", "3"]
+    changes = changes_between(old, as_plain(load_config(path, flags)))
+    assert changes.refused == ["encoder.depth (12 → 3)"]
+    assert changes.allowed == ["checkpoint.keep (2 → 9)", "engine.zero_stage (1 → 3)"]
+    assert changes_between(old, old) == Changes(refused=[], allowed=[])
 
 
 def test_may_change__names_fields_that_exist(path: Path) -> None:

@@ -1,17 +1,8 @@
 import numpy as np
 import pytest
-import torch
-from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from maestri.evals.knn import knn_accuracy
-
-
-@pytest.fixture(scope="module")
-def digits():
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))
-    return torch.from_numpy(images[order]).float(), torch.from_numpy(labels[order]).long()
+from maestri.evals.knn import KnnSettings, evaluate_knn, knn_accuracy
 
 
 @pytest.mark.parametrize("k", [1, 10, 20])
@@ -26,7 +17,7 @@ def test_knn_accuracy__equals_scikit_learn(digits, k):
     theirs = KNeighborsClassifier(k, metric="cosine", weights=weights, algorithm="brute")
     theirs.fit(bank.numpy(), labels[:1200].numpy())
     expected = 100 * theirs.score(queries.numpy(), labels[1200:].numpy())
-    assert ours == pytest.approx(expected, abs=0.2)  # one of 597 may tie in float32
+    assert ours == pytest.approx(expected, abs=0.05)
     assert ours > 90
 
 
@@ -49,3 +40,22 @@ def test_knn_accuracy__too_few_neighbours(digits):
     images, labels = digits
     with pytest.raises(ValueError, match="only 10 labelled"):
         knn_accuracy(images[:10], labels[:10], images[:5], labels[:5], k=(20,), temperature=0.07)
+
+
+def test_evaluate_knn__held_out_images_have_the_others_as_neighbours(sets):
+    report = evaluate_knn(sets, KnnSettings(k=(3, 9)))
+    images, labels = sets.train.tables["student"]["mean"], sets.train.labels
+    alone = {"k": (3, 9), "temperature": 0.07}
+    assert report.holdout["student"]["mean"] == knn_accuracy(
+        images[:900], labels[:900], images[900:], labels[900:], **alone
+    )
+    test = sets.test
+    assert report.test["student"]["mean"] == knn_accuracy(
+        images, labels, test.tables["student"]["mean"], test.labels, **alone
+    ), "test images have all of them"
+
+
+@pytest.mark.parametrize("wrong", [{"k": ()}, {"k": (0,)}, {"k": (1,), "temperature": 0.0}])
+def test_settings__range(wrong):
+    with pytest.raises(ValueError, match=list(wrong)[-1]):
+        KnnSettings(**wrong)

@@ -1,4 +1,4 @@
-"""Run by test_collectives.py on one or two ranks: labels, codes and ME-MAX of the same global micro-batch.
+"""Run by test_collectives.py on one or two ranks: labels, codes, ME-MAX and MaskCluster of the same global micro-batch.
 
 Usage: ranks_program.py RANK WORLD_SIZE PORT_FILE OUT
 """
@@ -8,9 +8,55 @@ import sys
 import torch
 import torch.distributed as dist
 
-from maestri.model.assignment import Assigner, me_max, sinkhorn
+from maestri.model.assignment import Assigner, Balance, me_max, sinkhorn
 from maestri.model.codebook import Codebook
-from maestri.model.heads import standardised
+from maestri.model.collectives import gather_over_ranks_with_gradient, sum_over_ranks
+from maestri.model.encoder import EncoderConfig, build_encoder
+from maestri.model.heads import HeadConfig, standardised
+from maestri.model.levels import LevelConfig
+from maestri.model.maskcluster import Maskcluster, MaskclusterConfig
+from maestri.pipelines.batch import Batch
+
+
+def maskcluster(class_balance: Balance, patch_balance: Balance, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Returns loss and gradients, as the engine averages them over ranks, and centres, by name."""
+
+    def level(balance: Balance) -> LevelConfig:
+        head = HeadConfig(hidden=16, layers=2, bottleneck=8, prototypes=12)
+        return LevelConfig(head=head, balance=balance, me_max=0.5, sinkhorn_start="probabilities")
+
+    torch.manual_seed(0)
+    config = MaskclusterConfig(
+        class_level=level(class_balance), patch_level=level(patch_balance), patch_positions="corrupted"
+    )
+    encoder = build_encoder(EncoderConfig(patch=4, dim=16, depth=1, heads=2), image_size=16)
+    method = Maskcluster(encoder, config, num_steps=10)
+    global_views, local = torch.randint(256, (3, 8, 3, 16, 16)), torch.randint(256, (2, 8, 3, 8, 8))
+    # Unlike numbers of corrupted pixels on the ranks.
+    pixels = torch.rand(2, 8, 16, 16) < torch.linspace(0.02, 0.5, 8).view(8, 1, 1)
+    share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
+    views = {"global": global_views[:2], "global_corrupted": global_views[1:], "local": local}
+    tokens = pixels.view(2, 8, 4, 4, 4, 4).any(dim=5).any(dim=3).flatten(2)
+    batch = Batch(
+        views={name: pixel[:, share].to(torch.uint8) for name, pixel in views.items()},
+        token_mask={"global": tokens[:, share]},
+        pixel_mask={"global": pixels[:, share]},
+        visible={},
+        masked={},
+        labels=torch.zeros(8)[share],
+        rows=torch.arange(8)[share],
+        position=0,
+    )
+    targets = method.targets(batch, 0)
+    loss, metrics = method.loss(method.student(batch), targets, 0)
+    loss.backward()
+    method.commit()
+    gradients = {name: parameter.grad for name, parameter in method.student.named_parameters()}
+    averaged = {"loss": loss.detach()} | metrics
+    averaged |= {f"gradient of {name}": gradient for name, gradient in gradients.items() if gradient is not None}
+    found = {name: sum_over_ranks(value) / world_size for name, value in averaged.items()}
+    found |= {f"{name}_centre": buffer for name, buffer in method.state.named_buffers()}
+    return {f"maskcluster, {class_balance}: {name}": value for name, value in found.items()}
 
 
 def main(rank: int, world_size: int, store: str, out: str) -> None:
@@ -35,7 +81,13 @@ def main(rank: int, world_size: int, store: str, out: str) -> None:
     projection = tokens.clone().requires_grad_(True)
     standard = standardised(projection)
     standard.pow(3).mean().backward()
+    part = scores.clone().requires_grad_(True)
+    gathered = gather_over_ranks_with_gradient(part)
+    # A mean over this rank's samples, each against those of all.
+    (scores @ gathered.T).pow(2).mean().backward()
     result = {
+        "gathered": gathered.detach(),
+        "gathered_gradient": part.grad / world_size,
         "sinkhorn": sinkhorn(scores, temperature=0.05),
         "center": center.center,
         "codebook": codebook.codes,
@@ -46,6 +98,8 @@ def main(rank: int, world_size: int, store: str, out: str) -> None:
         "standardised_gradient": projection.grad.transpose(0, 1) / world_size,
         "me_max_gradient": leaf.grad / world_size,
     }
+    for balances in (("sinkhorn", "centring"), ("centring", "sinkhorn")):
+        result |= maskcluster(*balances, rank, world_size)
     torch.save(result, f"{out}.{rank}")
     if world_size > 1:
         dist.barrier()

@@ -6,8 +6,12 @@ import torch
 from maestri.model.build import MethodConfig, build_method, check_views
 from maestri.model.decoder import DecoderConfig
 from maestri.model.heads import HeadConfig
+from maestri.model.levels import LevelConfig
 from maestri.model.mae import MaeConfig
-from maestri.model.plmae_config import LevelConfig, PlmaeConfig, ReconstructionConfig
+from maestri.model.maect_config import MaectConfig
+from maestri.model.maskcluster import MaskclusterConfig
+from maestri.model.method import ViewFacts
+from maestri.model.plmae_config import PlmaeConfig, ReconstructionConfig
 
 SMALL_HEAD = HeadConfig(hidden=16, layers=2, bottleneck=8, prototypes=8)
 DECODER = DecoderConfig(dim=16, depth=1, heads=2)
@@ -18,7 +22,9 @@ def small(name):
     plmae = PlmaeConfig(
         decoder=DECODER, class_level=level, data_level=level, reconstruction=ReconstructionConfig(codes=8)
     )
-    return MethodConfig(name=name, plmae=plmae, mae=MaeConfig(decoder=DECODER))
+    maskcluster = MaskclusterConfig(class_level=level, patch_level=level)
+    maect = MaectConfig(projector_hidden=8, projection=8, predictor_hidden=8, queue_size=8)
+    return MethodConfig(name=name, plmae=plmae, mae=MaeConfig(decoder=DECODER), maskcluster=maskcluster, maect=maect)
 
 
 NAMES = get_args(get_type_hints(MethodConfig)["name"])
@@ -49,13 +55,17 @@ def test_build_method__weights_depend_on_the_seed_alone(encoder_config):
         ("mae", {"num_masked": None}, r"views\.mask\.spread"),
         ("mae", {"num_local": 2}, r"views\.local\.count is 2"),
         ("plmae", {"corrupted": True}, r"views\.corruption\.coverage"),
+        ("maect", {"num_masked": 3}, r"views\.mask\.ratio"),
+        ("maskcluster", {"corrupted": False}, r"views\.corruption\.coverage is 0"),
     ],
 )
 def test_check_views__names_the_field(name, views, field):
     with pytest.raises(ValueError, match=field):
-        check_views(MethodConfig(name=name), **({"num_views": 2, "num_masked": 3} | views))
+        check_views(MethodConfig(name=name), ViewFacts(**({"num_views": 2, "num_masked": 3} | views)))
 
 
 def test_check_views__enough():
-    check_views(MethodConfig(name="mae"), num_views=1, num_masked=3)
-    check_views(MethodConfig(name="plmae"), num_views=2, num_masked=3)
+    check_views(MethodConfig(name="mae"), ViewFacts(num_views=1, num_masked=3))
+    check_views(MethodConfig(name="plmae"), ViewFacts(num_views=2, num_masked=3))
+    check_views(MethodConfig(name="maskcluster"), ViewFacts(num_views=2, num_local=10, corrupted=True, num_masked=None))
+    check_views(MethodConfig(name="maect"), ViewFacts(num_views=2, num_masked=0))

@@ -90,3 +90,21 @@ def test_build_encoder__patch_must_divide_the_image(encoder_config):
 def test_encoder_config__rejects(wrong):
     with pytest.raises(ValueError, match="encoder."):
         EncoderConfig(**wrong)
+
+
+def test_encoder__smaller_views_get_resampled_positions(encoder_config):
+    encoder = build_encoder(encoder_config, image_size=16).eval()
+    small = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert encoder(small).shape == (2, 1 + 4, 32)
+    grid = encoder.pos_embed[:, 1:].view(1, 4, 4, -1)
+    with torch.no_grad():
+        encoder.pos_embed[:, 1:] = torch.ones_like(encoder.pos_embed[:, 1:])
+    assert torch.allclose(encoder._patch_positions(2), torch.ones(1, 4, 32))
+    assert grid.shape == (1, 4, 4, 32)
+
+
+def test_encoder__learned_positions_get_gradient_from_smaller_views():
+    config = EncoderConfig(patch=4, dim=32, depth=1, heads=2, position="learned")
+    encoder = build_encoder(config, image_size=16)
+    encoder(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)).square().sum().backward()
+    assert encoder.pos_embed.grad[:, 1:].abs().sum() > 0

@@ -8,14 +8,9 @@ from maestri.model.assignment import cross_entropy, sinkhorn
 from maestri.model.decoder import DecoderConfig
 from maestri.model.encoder import build_encoder
 from maestri.model.heads import HeadConfig
-from maestri.model.plmae import Plmae, cosine_momentum, teacher_temperature
-from maestri.model.plmae_config import (
-    LevelConfig,
-    MomentumConfig,
-    PlmaeConfig,
-    ReconstructionConfig,
-    TemperatureConfig,
-)
+from maestri.model.levels import LevelConfig
+from maestri.model.plmae import Plmae
+from maestri.model.plmae_config import PlmaeConfig, ReconstructionConfig
 
 HEAD = HeadConfig(hidden=16, layers=2, bottleneck=8, prototypes=12)
 
@@ -162,26 +157,9 @@ def test_monitors__name_every_level_and_role(build, make_batch):
     assert all(value.isfinite() for value in figures.values())
 
 
-def test_cosine_momentum__ends_where_it_should():
-    momentum = cosine_momentum(MomentumConfig(start=0.9, end=1.0), 100)
-    assert momentum(0) == pytest.approx(0.9) and momentum(50) == pytest.approx(0.95) and momentum(100) == 1.0
-    assert momentum(1000) == 1.0
-
-
-def test_teacher_temperature__rises_then_stays():
-    settings = config(temperature=TemperatureConfig(teacher_start=0.04, teacher_end=0.08, warmup=0.5))
-    values = [teacher_temperature(settings, progress) for progress in (0.0, 0.25, 0.5, 1.0)]
-    assert values == pytest.approx([0.04, 0.06, 0.08, 0.08])
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: LevelConfig(weight=-1.0),
-        lambda: LevelConfig(weight=0.0, me_max=1.0),
-        lambda: MomentumConfig(start=1.5),
-        lambda: TemperatureConfig(student=0.0),
-        lambda: TemperatureConfig(warmup=2.0),
         lambda: ReconstructionConfig(codes=1),
         lambda: ReconstructionConfig(code_momentum=1.0),
         lambda: ReconstructionConfig(code_temperature=0.0),

@@ -38,8 +38,8 @@ def test_figures__are_flat():
     assert figures(KnnReport(holdout=HELD))["knn/student/mean/10"] == 80.0
 
 
-def test_table__has_a_row_for_each_accuracy():
-    assert table(KnnReport(holdout=HELD, test=TEST)).row_count == 10
+def test_table__has_a_row_for_each_model_pooling_and_split():
+    assert table(KnnReport(holdout=HELD, test=TEST)).row_count == 3 + 2 + 2 * 5
 
 
 @pytest.mark.parametrize("with_rows", [True, False])
