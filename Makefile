@@ -8,6 +8,7 @@
 #   make prove   long proofs: shards killed and damaged, images damaged; losses and step times against another commit
 #                                                                                        (BASE=… RECIPE=…)
 #   make fashion_mnist   PL-MAE and MAE on Fashion-MNIST, side by side       (FASHION_MNIST=folder of the idx files)
+#   make stamps  pack 802 labelled photographs and drawings for configs/stamps_*.yaml    (STAMPS=folder of the images)
 #   make clean   remove the demo's data and run, builds and caches; .venv and other runs stay
 
 PYTHON ?= python3
@@ -17,6 +18,7 @@ BASE ?= HEAD
 RECIPE ?= configs/demo.yaml
 STEPS ?= 60
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
+STAMPS ?= /usr/share/tuxpaint/stamps
 
 BIN := .venv/bin
 RUNTIME := .venv/.installed-$(CUDA)
@@ -26,7 +28,7 @@ DIGITS := data/digits
 SHARDS := data/digits_shards
 
 .DELETE_ON_ERROR:
-.PHONY: demo fashion_mnist dev test check lint format types imports spelling bench prove clean
+.PHONY: demo fashion_mnist stamps dev test check lint format types imports spelling bench prove clean
 
 # --------------------------------------------------------------------------------------------------- installation
 
@@ -81,6 +83,13 @@ fashion_mnist: $(RUNTIME) data/fashion_mnist/train/manifest.json data/fashion_mn
 	@$(BIN)/python train.py configs/fashion_mnist_plmae.yaml
 	@$(BIN)/python train.py configs/fashion_mnist_mae.yaml
 	@$(BIN)/python benchmarks/compare_runs.py runs/fashion_mnist_plmae runs/fashion_mnist_mae
+
+# ---------------------------------------------------------------------------------- labelled photographs and drawings
+
+data/stamps/manifest.json: | $(RUNTIME)
+	@$(BIN)/maestri shards convert $(STAMPS) $(@D)
+
+stamps: data/stamps/manifest.json
 
 # ---------------------------------------------------------------------------------------------- tests and checks
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean, stdev
 from typing import ClassVar
 
@@ -81,7 +82,7 @@ def evaluate_clusters(sets: FeatureSets, settings: ClusterSettings, *, seed: int
 
 
 def cluster_measures(
-    features: NDArray[np.float32], labels: NDArray[np.int64], *, num_clusters: int, seed: int
+    features: NDArray[np.float32], labels: NDArray[np.int64], num_clusters: int, seed: int
 ) -> tuple[float, ...]:
     """Returns inertia and then the measures, in percent, of one run of k-means.
 
@@ -117,11 +118,8 @@ def _spreads(sets: FeatureSets, images: LabelledFeatures | None, settings: Clust
     labels = images.labels.numpy()
     for model, pooling in sets.tables():
         rows = F.normalize(images.tables[model][pooling].to("cpu").float(), dim=1).numpy()
-
-        def measures(number: int) -> tuple[float, ...]:
-            return cluster_measures(rows, labels, num_clusters=sets.num_classes, seed=seed + number)  # noqa: B023
-
-        runs = shared_out(range(settings.runs), measures)
+        measures = partial(cluster_measures, rows, labels, sets.num_classes)
+        runs = shared_out(range(seed, seed + settings.runs), measures)
         lowest = min(runs)
         found.setdefault(model, {})[pooling] = {
             measure: Spread(

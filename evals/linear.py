@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -138,27 +139,33 @@ def _accuracies(
     if classified is None:
         return {}
     _, world = place()
+    shares = [settings.rates[rank::world] for rank in range(min(world, len(settings.rates)))]
     found: dict[str, dict[str, Mapping[int | float, float]]] = {}
     for model, pooling in sets.tables():
-        features, queries = (part.tables[model][pooling].to(sets.device) for part in (learnt, classified))
-        labels, answers = learnt.labels.to(sets.device), classified.labels.to(sets.device)
-
-        def accuracies(rates: tuple[float, ...]) -> list[float]:
-            probes = train_probes(
-                features,  # noqa: B023  # called before the next turn
-                labels,  # noqa: B023
-                num_classes=sets.num_classes,
-                rates=rates,
-                epochs=settings.epochs,
-                seed=seed,
-            )
-            return probes.accuracy(queries, answers)  # noqa: B023
-
-        shares = [settings.rates[rank::world] for rank in range(min(world, len(settings.rates)))]
+        of_table = partial(_probe, sets, learnt, classified, settings, seed, (model, pooling))
         by_rate = {
             rate: percent
-            for rates, percents in zip(shares, shared_out(shares, accuracies), strict=True)
+            for rates, percents in zip(shares, shared_out(shares, of_table), strict=True)
             for rate, percent in zip(rates, percents, strict=True)
         }
         found.setdefault(model, {})[pooling] = {rate: by_rate[rate] for rate in settings.rates}
     return found
+
+
+def _probe(
+    sets: FeatureSets,
+    learnt: LabelledFeatures,
+    classified: LabelledFeatures,
+    settings: LinearSettings,
+    seed: int,
+    table: tuple[str, str],
+    rates: tuple[float, ...],
+) -> list[float]:
+    """Returns the accuracy of each rate's probe on one table, ``(model, pooling)``."""
+    model, pooling = table
+    features, queries = (part.tables[model][pooling].to(sets.device) for part in (learnt, classified))
+    labels, answers = learnt.labels.to(sets.device), classified.labels.to(sets.device)
+    probes = train_probes(
+        features, labels, num_classes=sets.num_classes, rates=rates, epochs=settings.epochs, seed=seed
+    )
+    return probes.accuracy(queries, answers)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import ClassVar
@@ -93,12 +94,7 @@ def evaluate_lowshot(sets: FeatureSets, settings: LowshotSettings, *, shards: Pa
         if sets.test is not None:
             queries["test"] = centred(sets.test.tables[model][pooling]), sets.test.labels
 
-        def accuracies(job: tuple[NDArray[np.int64], float]) -> dict[str, float]:
-            rows = torch.from_numpy(job[0])
-            few = centred(features[rows]), sets.train.labels[rows]  # noqa: B023  # called before the next turn
-            return few_shot_accuracy(*few, queries, strength=job[1])  # noqa: B023
-
-        found[model, pooling] = shared_out(jobs, accuracies)
+        found[model, pooling] = shared_out(jobs, partial(_regression, features, sets.train.labels, queries))
     reports, first = {}, 0
     for kind, of_kind in splits.items():
         last = first + len(of_kind) * len(settings.strengths)
@@ -106,6 +102,16 @@ def evaluate_lowshot(sets: FeatureSets, settings: LowshotSettings, *, shards: Pa
         reports[kind] = _report(of_tables, settings.strengths, num_images=tuple(map(len, of_kind)))
         first = last
     return reports
+
+
+def _regression(
+    features: Tensor,
+    labels: Tensor,
+    queries: Mapping[str, tuple[Tensor, Tensor]],
+    job: tuple[NDArray[np.int64], float],
+) -> dict[str, float]:
+    rows, strength = torch.from_numpy(job[0]), job[1]
+    return few_shot_accuracy(centred(features[rows]), labels[rows], queries, strength=strength)
 
 
 def few_shot_accuracy(

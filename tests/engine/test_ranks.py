@@ -16,13 +16,14 @@ TOGETHER = [f"{stage}-{precision}-1" for precision in ("fp32", "bf16") for stage
 
 # Ranks sum gradients, and statistics over the batch, in another order than one rank does.  float32 rounds at 6e-8
 # relative; AdamW divides by a gradient's own size and so lets rounding through unscaled, hence a few units more after
-# some steps: 1.5e-6 measured over 6 steps at a learning rate of 0.01.  bf16 rounds gradients at 4e-3: 8e-4 measured.
-TOLERANCE = {"fp32": 5e-6, "bf16": 5e-3}
+# some steps: 1.5e-6 measured over 6 steps at a learning rate of 0.01.  bf16 rounds activations and gradients at 4e-3:
+# 5.1e-3 measured.
+TOLERANCE = {"fp32": 5e-6, "bf16": 1e-2}
 # The average is stored in float32 (6e-8 relative) and each update rounds once: 7e-8 measured after 6 updates.
 AVERAGE_TOLERANCE = 2e-7
 
 # Of weights after three steps on other ranks, ‖difference‖ / ‖weights‖: 7.7e-6 measured in float32; reasons as above.
-WEIGHTS_TOLERANCE = {"fp32": 2e-5, "bf16": 5e-3}
+WEIGHTS_TOLERANCE = {"fp32": 2e-5, "bf16": 1e-2}
 
 Report = dict[str, Any]
 

@@ -116,7 +116,7 @@ def test_student__tuning_freezes_the_stem_and_the_lower_blocks(build, frozen_blo
     prefixes += ("encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed") * (count > 0)
     expected = {name for name, _ in method.student.named_parameters() if prefixes and name.startswith(prefixes)}
     assert frozen_names(method) == expected
-    assert method.inherits == ("encoder.", "projector.", "predictor.")
+    assert method.inherits == ("encoder.", "projector.", "predictor.", "queue.")
 
 
 @pytest.mark.parametrize("stage", ["head", "tune"])
