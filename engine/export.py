@@ -13,15 +13,14 @@ import tyro
 class ExportArguments:
     """Write the encoder of a run, float32, as ``safetensors`` with timm's names; needs no GPU.
 
-    For example, for a ViT-B/16::
-
+    For example, for a ViT-B/16:
         maestri export runs/imagenet_plmae vit_b16.safetensors --model labelling_teacher
         timm.create_model("vit_base_patch16_224", num_classes=0, checkpoint_path="vit_b16.safetensors")
     """
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder of a run, whose newest checkpoint is taken, or of one checkpoint."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.safetensors")]
     """The file to write; it ends in .safetensors."""
     model: str = "student"
     """Whose encoder: the student's, or a teacher's by its role."""
