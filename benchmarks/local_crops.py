@@ -69,7 +69,7 @@ class Step:
         start = time.thread_time()
         loss, _ = self._method.loss(self._method.student(self._batch), self._targets, 0)
         # torch computes the gradients of CPU tensors in this very thread.
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return time.thread_time() - start
 
     def operations(self) -> int:

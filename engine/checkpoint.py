@@ -14,7 +14,6 @@ in it is unpickled without torch's ``weights_only``.  engine/continuation.py wri
 """
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ from maestri.shards.files import xxh128_of
 
 FORMAT = 2
 """Version of the layout above."""
-READ_ERRORS = (OSError, RuntimeError, SafetensorError, EOFError, KeyError, pickle.UnpicklingError)
-"""What a damaged file raises when it is read."""
 
 
 def whole_checkpoints(run: Path) -> list[Path]:

@@ -5,6 +5,7 @@ What lies in it: engine/checkpoint.py.
 """
 
 import json
+import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ from maestri.shards.files import sync, write_atomically
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What a full or failing disk raises: torch's zip writer a RuntimeError, safetensors its own."""
+READ_ERRORS = (OSError, RuntimeError, SafetensorError, EOFError, KeyError, pickle.UnpicklingError)
+"""What a damaged file raises when it is read."""
 
 
 class Position(Protocol):
@@ -269,7 +272,7 @@ def _restore(checkpoint: Path, parts: Parts, config: Mapping[str, Any]) -> Conti
         failure = str(error)
     except ValueError as error:
         failure = f"checkpoint {checkpoint} does not fit this run's data: {one_line(error)}"
-    except files.READ_ERRORS as error:
+    except READ_ERRORS as error:
         failure = f"checkpoint {checkpoint} is damaged: {one_line(error)}"
     failure = first_failure(failure, parts.control)
     if failure:

@@ -32,7 +32,7 @@ def build(case: str, ranks: distributed.Ranks, *, depth: int = 2, seed: int = 0)
     """Returns a tiny MAE-CT in its engine, with a queue that wraps around within the run."""
     stage, zero_stage, precision, accumulation = case.split("-")
     maect = MaectConfig(
-        stage=stage,  # type: ignore[arg-type]
+        stage=stage,
         projector_hidden=24,
         projection=12,
         predictor_hidden=20,
@@ -57,7 +57,7 @@ def build(case: str, ranks: distributed.Ranks, *, depth: int = 2, seed: int = 0)
         # The gradient of the projector's last bias is rounding alone, since the predictor's batch norm takes it off
         # again; AdamW divides by a gradient's own size and would let it wander.  Such an eps keeps it where it is.
         optimizer=OptimizerConfig(clip=1.0, layer_decay=0.65, head_weight_decay=1e-5, eps=1e-4),
-        engine=EngineConfig(zero_stage=int(zero_stage), precision=precision, device="cpu"),  # type: ignore[arg-type]
+        engine=EngineConfig(zero_stage=int(zero_stage), precision=precision, device="cpu"),
     )
     loader = SyntheticLoader(rank=ranks.rank, world_size=ranks.world_size, micro_size=batch.micro_size)
     meter = Meter(ranks.device)

@@ -103,7 +103,7 @@ def build(case: str, ranks: distributed.Ranks, *, depth: int = 1, seed: int = 0)
         ranks,
         batch=batch,
         optimizer=OptimizerConfig(clip=1.0),
-        engine=EngineConfig(zero_stage=int(stage), precision=precision, device="cpu"),  # type: ignore[arg-type]
+        engine=EngineConfig(zero_stage=int(stage), precision=precision, device="cpu"),
     )
     loader = SyntheticLoader(rank=ranks.rank, world_size=ranks.world_size, micro_size=batch.micro_size)
     return Parts(
@@ -129,7 +129,7 @@ def steps(parts: Parts, first: int, last: int) -> Iterator[dict[str, float]]:
     """Yields the metrics of each optimizer step."""
     for step in range(first, last):
         set_schedules(parts.engine, learning_rate=1e-2, weight_decay=0.05, prototypes_frozen=False)
-        yield mean_metrics(train_step(parts.engine, parts.method, parts.teachers, parts.loader, step).metrics)  # type: ignore[arg-type]
+        yield mean_metrics(train_step(parts.engine, parts.method, parts.teachers, parts.loader, step).metrics)
 
 
 def relative(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
@@ -276,13 +276,13 @@ def full_disk(ranks: distributed.Ranks, out: Path, case: str) -> dict[str, Any]:
         save_file(tensors, path)
 
     before = checkpoint.latest(out / case)
-    continuation.save_file = full  # type: ignore[attr-defined, assignment]
+    continuation.save_file = full
     line = ""
     try:
         continuation.save(out / case, parts, step=STEPS, config={"case": case}, settings=KEEP_ONE)
     except CheckpointError as error:
         line = str(error)
-    continuation.save_file = save_file  # type: ignore[attr-defined]
+    continuation.save_file = save_file
     names = sorted(path.name for path in (out / case / "checkpoints").iterdir())
     return {"line": line, "kept": checkpoint.latest(out / case) == before, "names": names}
 

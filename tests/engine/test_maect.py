@@ -109,7 +109,7 @@ def test_resume__killed_run_goes_on_with_its_queue(alone: Report, tmp_path: Path
 
 def method_of(stage: str) -> Method:
     small = {"projector_hidden": 16, "projection": 8, "predictor_hidden": 16, "queue_size": 16}
-    config = MethodConfig(name="maect", maect=MaectConfig(stage=stage, **small))  # type: ignore[arg-type]
+    config = MethodConfig(name="maect", maect=MaectConfig(stage=stage, **small))
     encoder = EncoderConfig(patch=4, dim=16, depth=2, heads=2)
     return build_method(config, encoder, image_size=16, num_steps=1, seed=1)
 

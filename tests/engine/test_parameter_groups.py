@@ -71,7 +71,7 @@ def test_parameter_groups__layer_decay_and_the_heads_own_weight_decay(method: Me
 @pytest.mark.parametrize("stage", ["head", "tune"])
 def test_parameter_groups__frozen_parts_are_in_none_and_the_head_has_its_own_rate(stage: str) -> None:
     encoder = EncoderConfig(patch=8, dim=16, heads=2, depth=2)
-    maect = MaectConfig(stage=stage, projector_hidden=8, projection=8, predictor_hidden=8, queue_size=8)  # type: ignore[arg-type]
+    maect = MaectConfig(stage=stage, projector_hidden=8, projection=8, predictor_hidden=8, queue_size=8)
     method = build_method(MethodConfig(name="maect", maect=maect), encoder, image_size=32, num_steps=10, seed=0)
     optimizer = OptimizerConfig(weight_decay=0.05, head_weight_decay=1e-5, layer_decay=0.5, head_lr_scale=5.0)
     by_name = {name: group for group in parameter_groups(method, optimizer) for name in group["names"]}

@@ -1,6 +1,11 @@
-"""Small batches and encoders."""
+"""Small batches and encoders; programs run in one process and in two."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,3 +40,25 @@ def make_batch() -> Callable[..., Batch]:
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def on_one_and_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[Any, list[Any]]]:
+    """Runs ``PROGRAM RANK WORLD STORE OUT`` on one rank and on two; returns what the one and each of the two saved."""
+
+    def run(program: Path) -> tuple[Any, list[Any]]:
+        folder = tmp_path_factory.mktemp("ranks")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        runs = [
+            subprocess.Popen(
+                [sys.executable, program, str(rank), str(world), folder / f"store{world}", folder / f"w{world}"],
+                env=environment,
+            )
+            for world in (1, 2)
+            for rank in range(world)
+        ]
+        assert [process.wait(timeout=120) for process in runs] == [0, 0, 0]
+        one = torch.load(folder / "w1.0", weights_only=True)
+        return one, [torch.load(folder / f"w2.{rank}", weights_only=True) for rank in range(2)]
+
+    return run

@@ -21,7 +21,7 @@ def steps(stage: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Returns losses and gradients, as the engine averages them over ranks, draws and the queue."""
     torch.manual_seed(0)
     config = MaectConfig(
-        stage=stage,  # type: ignore[arg-type]
+        stage=stage,
         projector_hidden=24,
         projection=8,
         predictor_hidden=16,

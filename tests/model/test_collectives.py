@@ -1,8 +1,5 @@
 """Statistics that span ranks: two ranks must give what one rank gives on the whole micro-batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,21 +11,8 @@ PROGRAM = Path(__file__).parent / "ranks_program.py"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, str(rank), str(world), str(folder / f"store{world}"), str(folder / f"w{world}")],
-            env=environment,
-        )
-        for world in (1, 2)
-        for rank in range(world)
-    ]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0, 0]
-    one = torch.load(folder / "w1.0", weights_only=True)
-    two = [torch.load(folder / f"w2.{rank}", weights_only=True) for rank in range(2)]
-    return one, two
+def results(on_one_and_two_ranks):
+    return on_one_and_two_ranks(PROGRAM)
 
 
 # Sums of 32 terms of order 1 in another order: a few float32 roundings, 6e-8 each.

@@ -5,9 +5,6 @@ Golden values were made by running the authors' code (github.com/ml-jku/MAE-CT, 
 number in torch 2.15, on a CPU, in float32.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,21 +242,8 @@ def test_pooling__mean_patch_or_class_token(build, make_batch):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, str(rank), str(world), str(folder / f"store{world}"), str(folder / f"w{world}")],
-            env=environment,
-        )
-        for world in (1, 2)
-        for rank in range(world)
-    ]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0, 0]
-    one = torch.load(folder / "w1.0", weights_only=True)
-    two = [torch.load(folder / f"w2.{rank}", weights_only=True) for rank in range(2)]
-    return one, two
+def results(on_one_and_two_ranks):
+    return on_one_and_two_ranks(PROGRAM)
 
 
 @pytest.mark.parametrize("stage", ["head", "tune"])

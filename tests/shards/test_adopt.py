@@ -187,13 +187,13 @@ def test_adopt__shards_of_ours_have_the_same_rows(whole: Path, images: Path, tmp
 class Samples:
     """A data set as FFCV's writer takes it."""
 
-    def __init__(self, pixels: list[np.ndarray]) -> None:  # type: ignore[type-arg]
+    def __init__(self, pixels: list[np.ndarray]) -> None:
         self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, at: int) -> tuple[np.ndarray, int]:  # type: ignore[type-arg]
+    def __getitem__(self, at: int) -> tuple[np.ndarray, int]:
         return self.pixels[at], at % 4
 
 

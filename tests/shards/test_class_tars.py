@@ -132,7 +132,7 @@ def test_image_tar__classes_are_folders(tmp_path: Path, case: str) -> None:
     assert isinstance(source, ImageTarSource)
     listing = source.listing()
     assert listing.class_names == tuple(classes) and listing.labels.tolist() == list(labels)
-    assert all(str(image, "utf-8")[-5] in listing.keys[at] for at, image in enumerate(images_of(source, listing)))  # type: ignore[call-overload]
+    assert all(str(image, "utf-8")[-5] in listing.keys[at] for at, image in enumerate(images_of(source, listing)))
 
 
 def test_image_tar__as_a_folder_of_the_same_files(tmp_path: Path, make_jpeg: Jpeg, make_folder: MakeFolder) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.io import savemat  # type: ignore[import-untyped]
+from scipy.io import savemat
 
 from maestri.shards.errors import ShardError
 from maestri.shards.sources.label_file import label_columns

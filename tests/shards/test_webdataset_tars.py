@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-import webdataset  # type: ignore[import-untyped]
+import webdataset
 
 from maestri.shards.errors import ShardError
 from maestri.shards.images import BadImage
