@@ -21,17 +21,17 @@ from typing import NoReturn
 import torch
 
 from maestri.engine import checkpoint, continuation, distributed
-from maestri.engine.config import OptimizerConfig, RunConfig, as_plain
+from maestri.engine.build import build_loader, build_parts, build_student
+from maestri.engine.config import RunConfig, as_plain
 from maestri.engine.config_files import load_config, save_config
 from maestri.engine.continuation import Continued, Parts
 from maestri.engine.display import Display
 from maestri.engine.distributed import Ranks
 from maestri.engine.errors import RunError
-from maestri.engine.initial import load_initial
-from maestri.engine.logs import Meter, RunLog, read_rows, write_summary
-from maestri.engine.schedules import cosine, scaled_lr, span_of, warmup_cosine
+from maestri.engine.logs import RunLog, read_rows, write_summary
+from maestri.engine.schedules import scheduled
 from maestri.engine.spans import SpanRecorder, recording
-from maestri.engine.start import check_slices, start_engine
+from maestri.engine.start import check_slices
 from maestri.engine.step import set_schedules, train_step
 from maestri.engine.stop import EXIT_STOPPED, StopRequest
 from maestri.evals.protocol import KnnReport
@@ -40,7 +40,6 @@ from maestri.evals.report import plot_run
 from maestri.evals.report import summary as knn_summary
 from maestri.evals.report import table as knn_table
 from maestri.evals.run import can_judge, check_images, judge, live_encoders
-from maestri.model.build import build_method
 from maestri.model.method import Method
 from maestri.pipelines.ahead import LoaderStuck
 from maestri.pipelines.batch import Batch
@@ -53,50 +52,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 
 
-# ------------------------------------------------------------------------------------------------------- building
-
-
-def build_loader(config: RunConfig, shard_set: ShardSet, ranks: Ranks) -> Loader:
-    """Returns the training loader of this rank: one batch of it is one micro-batch."""
-    return Loader(
-        shard_set,
-        config=config.data,
-        views=config.views,
-        patch=config.encoder.patch,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        global_size=config.batch.micro_size,
-        device=ranks.device,
-    )
-
-
-def build_student(config: RunConfig) -> tuple[Method, str]:
-    """Returns the method, and what to tell of weights that came from another run."""
-    method = build_method(
-        config.method, config.encoder, image_size=config.views.size, num_steps=config.steps, seed=config.seed
-    )
-    goes_on = config.resume == "auto" and checkpoint.latest(Path(config.out)) is not None
-    return method, "" if goes_on else load_initial(method, config.initial)
-
-
-def build_parts(config: RunConfig, method: Method, loader: Loader, ranks: Ranks) -> Parts:
-    """Returns the student in its engine, its teachers, and all else that a checkpoint holds."""
-    # Weights are the same on all ranks, drawn before; what is drawn while training (drop-path) is not.
-    distributed.seed_everything(config.seed + 1 + ranks.rank)
-    engine, teachers, masters = start_engine(
-        method, ranks, batch=config.batch, optimizer=config.optimizer, engine=config.engine
-    )
-    return Parts(
-        engine=engine,
-        method=method,
-        teachers=teachers,
-        masters=masters,
-        loader=loader,
-        meter=Meter(ranks.device),
-        ranks=ranks,
-        control=distributed.control_group(),
-    )
+# -------------------------------------------------------------------------------------------------- the loop's parts
 
 
 def start_or_resume(config: RunConfig, parts: Parts) -> Continued:
@@ -108,23 +64,6 @@ def start_or_resume(config: RunConfig, parts: Parts) -> Continued:
     if checkpoint.latest(out) is None:
         return Continued(step=0, notes=())
     return continuation.resume(out, parts, config=as_plain(config))
-
-
-def learning_rate(config: OptimizerConfig, step: int, *, num_steps: int, global_size: int) -> float:
-    """Returns the learning rate of a 0-based optimizer step."""
-    return warmup_cosine(
-        step,
-        num_steps=num_steps,
-        warmup=span_of(config.warmup, num_steps),
-        peak=scaled_lr(config.base_lr, global_size),
-        end=config.min_lr,
-    )
-
-
-def weight_decay(config: OptimizerConfig, step: int, *, num_steps: int) -> float:
-    """Returns the weight decay of a 0-based optimizer step."""
-    end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
-    return cosine(step, num_steps, config.weight_decay, end)
 
 
 def with_picture(batches: Iterator[Batch], path: Path | None) -> Iterator[Batch]:
@@ -195,10 +134,8 @@ def train(config: RunConfig, parts: Parts, loader: Loader, first_step: int, *, n
             meter.go_on()
             # The first row is the untrained network's: monitors of collapse are read against it.
             is_logged = step == 0 or is_due(step + 1, config.logging.every) or step + 1 == config.steps
-            rate = learning_rate(config.optimizer, step, num_steps=config.steps, global_size=config.batch.global_size)
-            decay = weight_decay(config.optimizer, step, num_steps=config.steps)
-            frozen = step < span_of(config.optimizer.freeze_prototypes, config.steps)
-            set_schedules(parts.engine, learning_rate=rate, weight_decay=decay, prototypes_frozen=frozen)
+            settings = scheduled(config.optimizer, step, num_steps=config.steps, global_size=config.batch.global_size)
+            set_schedules(parts.engine, settings)
             result = train_step(parts.engine, method, parts.teachers, batches, step, monitor=is_logged)
             meter.add(result.metrics, num_images=config.batch.global_size)
             step += 1
@@ -209,7 +146,7 @@ def train(config: RunConfig, parts: Parts, loader: Loader, first_step: int, *, n
             if is_logged:
                 row = meter.take(step=step, wait_seconds=loader.wait_seconds - waited, bad_samples=loader.num_bad)
                 waited = loader.wait_seconds
-                row |= {"learning_rate": rate, **teacher_momenta(method, step - 1)}
+                row |= {"learning_rate": settings.learning_rate, **teacher_momenta(method, step - 1)}
                 row |= {f"seconds/{name}": seconds for name, seconds in spans.take().items()}
                 if log is not None:
                     log.write("train", step, row)

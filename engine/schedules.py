@@ -1,6 +1,9 @@
 """Learning rate, momentum and warm-up as pure functions of the optimizer step."""
 
 import math
+from dataclasses import dataclass
+
+from maestri.engine.config import OptimizerConfig
 
 
 def span_of(value: float, num_steps: int) -> int:
@@ -27,3 +30,31 @@ def warmup_cosine(step: int, *, num_steps: int, warmup: int, peak: float, end: f
     if step < warmup:
         return peak * (step + 1) / warmup
     return cosine(step - warmup, num_steps - warmup, peak, end)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scheduled:
+    """What the optimizer is set to for one step."""
+
+    learning_rate: float
+    """Of groups whose ``lr_scale`` is 1."""
+    weight_decay: float
+    """Of groups whose decay follows the run's schedule."""
+    prototypes_frozen: bool
+    """Whether prototypes stay as they are."""
+
+
+def scheduled(config: OptimizerConfig, step: int, *, num_steps: int, global_size: int) -> Scheduled:
+    """Returns the settings of a 0-based optimizer step of ``global_size`` images."""
+    end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+    return Scheduled(
+        learning_rate=warmup_cosine(
+            step,
+            num_steps=num_steps,
+            warmup=span_of(config.warmup, num_steps),
+            peak=scaled_lr(config.base_lr, global_size),
+            end=config.min_lr,
+        ),
+        weight_decay=cosine(step, num_steps, config.weight_decay, end),
+        prototypes_frozen=step < span_of(config.freeze_prototypes, num_steps),
+    )

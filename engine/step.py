@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maestri.engine.schedules import Scheduled
 from maestri.engine.spans import span
 from maestri.engine.teachers import Teachers
 from maestri.model.method import Method
@@ -23,20 +24,13 @@ class StepResult:
     """Whether the optimizer changed the weights."""
 
 
-def set_schedules(engine: Any, *, learning_rate: float, weight_decay: float, prototypes_frozen: bool) -> None:
-    """Sets learning rate and weight decay of every optimizer group for the next step.
-
-    Args:
-        engine: DeepSpeed's engine.
-        learning_rate: of groups whose ``lr_scale`` is 1.
-        weight_decay: of groups whose decay follows the run's schedule.
-        prototypes_frozen: whether prototypes stay as they are.
-    """
+def set_schedules(engine: Any, settings: Scheduled) -> None:
+    """Sets learning rate and weight decay of every optimizer group of DeepSpeed's engine for the next step."""
     for group in engine.optimizer.param_groups:
-        frozen = prototypes_frozen and group["is_prototypes"]
-        group["lr"] = 0.0 if frozen else learning_rate * group["lr_scale"]
+        frozen = settings.prototypes_frozen and group["is_prototypes"]
+        group["lr"] = 0.0 if frozen else settings.learning_rate * group["lr_scale"]
         if group["is_scheduled"]:
-            group["weight_decay"] = weight_decay
+            group["weight_decay"] = settings.weight_decay
 
 
 def train_step(

@@ -22,6 +22,7 @@ from maestri.engine.continuation import Parts
 from maestri.engine.errors import CheckpointError
 from maestri.engine.logs import Meter
 from maestri.engine.masters import gather_masters
+from maestri.engine.schedules import Scheduled
 from maestri.engine.start import start_engine
 from maestri.engine.step import set_schedules, train_step
 from maestri.model.build import MethodConfig, build_method
@@ -128,7 +129,7 @@ def mean_metrics(metrics: Any) -> dict[str, float]:
 def steps(parts: Parts, first: int, last: int) -> Iterator[dict[str, float]]:
     """Yields the metrics of each optimizer step."""
     for step in range(first, last):
-        set_schedules(parts.engine, learning_rate=1e-2, weight_decay=0.05, prototypes_frozen=False)
+        set_schedules(parts.engine, Scheduled(learning_rate=1e-2, weight_decay=0.05, prototypes_frozen=False))
         yield mean_metrics(train_step(parts.engine, parts.method, parts.teachers, parts.loader, step).metrics)
 
 
