@@ -5,8 +5,8 @@
 #   make check   linters, types, import directions, spelling: what pre-commit and CI run
 #   make dev     install for development
 #   make bench   time the steps of a recipe                                              (RECIPE=… STEPS=…)
-#   make prove   long proofs: shards killed and damaged, images damaged; losses and step times against another commit
-#                                                                                        (BASE=… RECIPE=…)
+#   make prove   long proofs: shards killed and damaged, images damaged, training killed, two nodes in network
+#                namespaces (as root); losses and step times against another commit    (BASE=… RECIPE=…)
 #   make fashion_mnist   PL-MAE and MAE on Fashion-MNIST, side by side       (FASHION_MNIST=folder of the idx files)
 #   make stamps  pack 802 labelled photographs and drawings for configs/stamps_*.yaml    (STAMPS=folder of the images)
 #   make clean   remove the demo's data and run, builds and caches; .venv and other runs stay
@@ -123,6 +123,10 @@ bench: $(DEV)
 
 prove: $(DEV)
 	@$(BIN)/python tools/prove_shards.py
+	@$(BIN)/python tools/prove_training.py
+	@$(BIN)/python tools/rehearse_nodes.py
+	@$(BIN)/python tools/rehearse_nodes.py --launcher deepspeed
+	@$(BIN)/python tools/rehearse_nodes.py --proof cable
 	@$(BIN)/python tools/fuzz_data_path.py
 	@$(BIN)/python tools/prove.py $(RECIPE) --steps $(STEPS) --base $(BASE)
 

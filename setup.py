@@ -26,5 +26,6 @@ def packages() -> dict[str, str]:
 setup(
     packages=list(packages()),
     package_dir=packages(),
-    package_data={name: ["py.typed"] for name in packages()} | {"maestri.configs": ["*.yaml", "py.typed"]},
+    package_data={name: ["py.typed"] for name in packages()}
+    | {"maestri.configs": ["*.yaml", "py.typed"], "maestri.profiler": ["*.jinja", "*.css", "py.typed"]},
 )

@@ -21,19 +21,23 @@ from typing import NoReturn
 import torch
 
 from maestri.engine import checkpoint, continuation, distributed
+from maestri.engine.boards import open_boards
 from maestri.engine.build import build_loader, build_parts, build_student
 from maestri.engine.config import RunConfig, as_plain
 from maestri.engine.config_files import load_config, save_config
 from maestri.engine.continuation import Continued, Parts
 from maestri.engine.display import Display
 from maestri.engine.distributed import Ranks
-from maestri.engine.errors import RunError
+from maestri.engine.errors import LostRank, RunError
+from maestri.engine.garbage import collected_in_step
+from maestri.engine.lock import locked
 from maestri.engine.logs import RunLog, read_rows, write_summary
 from maestri.engine.schedules import scheduled
-from maestri.engine.spans import SpanRecorder, recording
+from maestri.engine.spans import SpanRecorder, recording, span
 from maestri.engine.start import check_slices
 from maestri.engine.step import set_schedules, train_step
 from maestri.engine.stop import EXIT_STOPPED, StopRequest
+from maestri.engine.watch import Watch
 from maestri.evals.protocol import KnnReport
 from maestri.evals.report import figures as knn_figures
 from maestri.evals.report import plot_run
@@ -100,15 +104,38 @@ def teacher_momenta(method: Method, step: int) -> dict[str, float]:
     return {f"momentum_{role}": teacher.momentum(step) for role, teacher in method.teachers.items()}
 
 
+def open_log(config: RunConfig, first_step: int) -> RunLog:
+    """Returns the log of a run that goes on after ``first_step`` steps, with its configuration written beside it."""
+    out = Path(config.out)
+    save_config(config, out)
+    boards = open_boards(config.logging, out, first_step=first_step, config=as_plain(config))
+    return RunLog(out, first_step=first_step, boards=boards)
+
+
 def is_due(step: int, every: int) -> bool:
     """Returns whether something that happens ``every`` steps (0 = never) happens after ``step`` steps."""
     return every > 0 and step % every == 0
 
 
-def train(config: RunConfig, parts: Parts, loader: Loader, first_step: int, *, notes: Sequence[str]) -> bool:
-    """Trains to the end or until asked to stop; returns whether the run is complete.  ``notes`` are shown first."""
+def train(
+    config: RunConfig,
+    parts: Parts,
+    loader: Loader,
+    first_step: int,
+    *,
+    log: RunLog | None,
+    watch: Watch,
+    notes: Sequence[str],
+) -> bool:
+    """Trains to the end or until asked to stop; returns whether the run is complete.
+
+    Args:
+        first_step: optimizer steps done before.
+        log: of the main process; it is closed at the end.
+        watch: is told of each step.
+        notes: shown first.
+    """
     out, ranks, meter, method = Path(config.out), parts.ranks, parts.meter, parts.method
-    log = RunLog(out, first_step=first_step, tensorboard=config.logging.tensorboard) if ranks.is_main else None
     title = f"{config.method.name} on {ranks.world_size} × {ranks.device.type}"
     display = Display(title=title, steps=config.steps, first_step=first_step, enabled=ranks.is_main)
     stop = StopRequest(parts.control, ranks.world_size)
@@ -116,7 +143,7 @@ def train(config: RunConfig, parts: Parts, loader: Loader, first_step: int, *, n
     batches = with_picture(loader, out / "views.png" if ranks.is_main and not first_step else None)
     step, stopping, waited, report = first_step, False, 0.0, None
 
-    with display, recording(spans):
+    with display, recording(spans), collected_in_step(config.engine.collect_every) as collect:
         if first_step:
             display.note(f"continuing {out} after step {first_step}")
         for note in notes:
@@ -124,7 +151,8 @@ def train(config: RunConfig, parts: Parts, loader: Loader, first_step: int, *, n
         while True:
             # Evaluate before the first step, after the last and in between; off the clock, as checkpoints are.
             if step in (0, config.steps) or is_due(step, config.evaluation.every):
-                report = evaluate_run(config, parts, step)
+                with span("evaluation"):
+                    report = evaluate_run(config, parts, step)
                 if log is not None and report is not None:
                     log.write("evaluation", step, knn_figures(report))
             if step == config.steps:
@@ -136,17 +164,25 @@ def train(config: RunConfig, parts: Parts, loader: Loader, first_step: int, *, n
             is_logged = step == 0 or is_due(step + 1, config.logging.every) or step + 1 == config.steps
             settings = scheduled(config.optimizer, step, num_steps=config.steps, global_size=config.batch.global_size)
             set_schedules(parts.engine, settings)
-            result = train_step(parts.engine, method, parts.teachers, batches, step, monitor=is_logged)
+            result = train_step(
+                parts.engine, method, parts.teachers, batches, step, guard=parts.guard, monitor=is_logged
+            )
             meter.add(result.metrics, num_images=config.batch.global_size)
             step += 1
+            if not result.applied:
+                display.note(f"step {step} is skipped: its loss is not finite; its samples: {out / 'skipped'}")
             display.advance(step)
-            stopping = stop.agreed()
+            watch.at(step)
+            with span("stop"):
+                stopping = stop.agreed()
+            collect(step)
 
             # Log: here the loop waits for the device and for other ranks.
             if is_logged:
-                row = meter.take(step=step, wait_seconds=loader.wait_seconds - waited, bad_samples=loader.num_bad)
+                row = meter.take(wait_seconds=loader.wait_seconds - waited, bad_samples=loader.num_bad)
                 waited = loader.wait_seconds
                 row |= {"learning_rate": settings.learning_rate, **teacher_momenta(method, step - 1)}
+                row |= {"skipped_steps": parts.guard.skipped}
                 row |= {f"seconds/{name}": seconds for name, seconds in spans.take().items()}
                 if log is not None:
                     log.write("train", step, row)
@@ -155,10 +191,10 @@ def train(config: RunConfig, parts: Parts, loader: Loader, first_step: int, *, n
 
             # Checkpoint.
             if is_due(step, config.checkpoint.every) or step == config.steps or stopping:
-                meter.check_finite(step)
                 if log is not None:
                     log.sync()
-                continuation.save(out, parts, step=step, config=as_plain(config), settings=config.checkpoint)
+                with span("checkpoint"):
+                    continuation.save(out, parts, step=step, config=as_plain(config), settings=config.checkpoint)
             if stopping:
                 break
 
@@ -175,7 +211,7 @@ def train(config: RunConfig, parts: Parts, loader: Loader, first_step: int, *, n
 # ------------------------------------------------------------------------------------------------------- the run
 
 
-def run(config: RunConfig, ranks: Ranks) -> int:
+def run(config: RunConfig, ranks: Ranks, watch: Watch) -> int:
     """Builds everything, trains, and returns the exit code."""
     with ExitStack() as stack:
         failure = None
@@ -185,24 +221,43 @@ def run(config: RunConfig, ranks: Ranks) -> int:
             check_images(config)
             loader = stack.enter_context(build_loader(config, shard_set, ranks))
             Path(config.out).mkdir(parents=True, exist_ok=True)
+            if ranks.is_main:
+                stack.enter_context(locked(Path(config.out)))
             method, note = build_student(config)
         except (ValueError, OSError, RunError) as error:
             failure = error
         distributed.agree(failure)
-        parts = build_parts(config, method, loader, ranks)
-        continued = start_or_resume(config, parts)
-        if ranks.is_main:
-            save_config(config, Path(config.out))
+        with span("start"):
+            parts = build_parts(config, method, shard_set, loader, ranks)
+            continued = start_or_resume(config, parts)
+        log, failure = None, None
+        try:
+            if ranks.is_main:
+                log = open_log(config, continued.step)
+        except (OSError, RunError) as error:
+            failure = error
+        distributed.agree(failure)
         notes = [note] * bool(note) + list(continued.notes)
-        complete = train(config, parts, loader, continued.step, notes=notes)
+        complete = train(config, parts, loader, continued.step, log=log, watch=watch, notes=notes)
         parts.engine.destroy()  # its hooks would keep a stage's memory during the next
     return 0 if complete else EXIT_STOPPED
 
 
 def run_stages(configs: Sequence[RunConfig], device: torch.device) -> int:
-    """Trains one configuration after the other, until one stops; returns the exit code."""
+    """Joins the other ranks and trains all configurations; returns the exit code."""
     first = configs[0]
     ranks = distributed.start(device, timeout_minutes=first.engine.timeout_minutes, verbose=first.logging.verbose)
+    with Watch(ranks, timeout_seconds=60 * first.engine.timeout_minutes) as watch:
+        try:
+            return run_each(configs, ranks, watch)
+        except RuntimeError as error:
+            if not distributed.is_lost_rank(error):
+                raise
+            raise LostRank(watch.lost()) from error
+
+
+def run_each(configs: Sequence[RunConfig], ranks: Ranks, watch: Watch) -> int:
+    """Trains one configuration after the other, until one stops; returns the exit code."""
     for config in configs:
         if len(configs) > 1 and config.resume == "auto" and checkpoint.is_complete(Path(config.out), config.steps):
             if ranks.is_main:
@@ -210,7 +265,7 @@ def run_stages(configs: Sequence[RunConfig], device: torch.device) -> int:
             continue
         if config.engine.threads:
             torch.set_num_threads(config.engine.threads)
-        code = run(config, ranks)
+        code = run(config, ranks, watch)
         if code:
             return code
         gc.collect()  # an engine holds itself in cycles
@@ -252,15 +307,11 @@ def main(arguments: list[str]) -> NoReturn:
     except RunError as error:
         complain(error, rank=rank, on_all_ranks=True, trace=verbose)
         distributed.leave(EXIT_FAILED, orderly=True)
-    except (ValueError, OSError, TooManyBadSamples, LoaderStuck) as error:
+    except (ValueError, OSError, TooManyBadSamples, LoaderStuck, LostRank) as error:
         complain(error, rank=rank, on_all_ranks=False, trace=verbose)
         distributed.leave(EXIT_FAILED, orderly=False)
     except Exception as error:
-        lost = distributed.is_lost_rank(error)
-        shown = (
-            RunError("another rank has ended or hangs; see what it says, and run again to continue") if lost else error
-        )
-        complain(shown, rank=rank, on_all_ranks=False, trace=verbose or not lost)
+        complain(error, rank=rank, on_all_ranks=False, trace=True)
         distributed.leave(EXIT_FAILED, orderly=False)
     distributed.leave(code, orderly=True)
 

@@ -6,6 +6,7 @@ from maestri.engine import checkpoint, distributed
 from maestri.engine.config import RunConfig
 from maestri.engine.continuation import Parts
 from maestri.engine.distributed import Ranks
+from maestri.engine.finite import FiniteGuard
 from maestri.engine.initial import load_initial
 from maestri.engine.logs import Meter
 from maestri.engine.start import start_engine
@@ -39,7 +40,7 @@ def build_student(config: RunConfig) -> tuple[Method, str]:
     return method, "" if goes_on else load_initial(method, config.initial)
 
 
-def build_parts(config: RunConfig, method: Method, loader: Loader, ranks: Ranks) -> Parts:
+def build_parts(config: RunConfig, method: Method, shard_set: ShardSet, loader: Loader, ranks: Ranks) -> Parts:
     """Returns the student in its engine, its teachers, and all else that a checkpoint holds."""
     # Weights are the same on all ranks, drawn before; what is drawn while training (drop-path) is not.
     distributed.seed_everything(config.seed + 1 + ranks.rank)
@@ -53,6 +54,13 @@ def build_parts(config: RunConfig, method: Method, loader: Loader, ranks: Ranks)
         masters=masters,
         loader=loader,
         meter=Meter(ranks.device),
+        guard=FiniteGuard(
+            ranks,
+            folder=Path(config.out) / "skipped",
+            budget=config.engine.max_skipped,
+            check_gradients=config.engine.check_gradients,
+            keys_of=lambda rows: [shard_set.key(row) for row in rows],
+        ),
         ranks=ranks,
         control=distributed.control_group(),
     )

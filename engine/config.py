@@ -29,6 +29,12 @@ MAY_CHANGE = (
     "engine.zero_stage",
     "engine.device",
     "engine.threads",
+    "engine.compile",
+    "engine.activation_checkpointing",
+    "engine.offload",
+    "engine.max_skipped",
+    "engine.check_gradients",
+    "engine.collect_every",
     "engine.timeout_minutes",
 )
 """Fields and sections that a resumed run may have otherwise: none of them changes what is computed, beyond rounding."""
@@ -134,13 +140,27 @@ class EngineConfig:
     """Where to compute; ``auto`` is CUDA if there is any."""
     threads: int = 0
     """torch's CPU threads per rank; 0 = torch's own choice."""
+    compile: bool = False
+    """Whether torch compiles the transformer blocks of student and teachers."""
+    activation_checkpointing: bool = False
+    """Whether the student's blocks run again in the backward pass instead of keeping what they computed."""
+    offload: Literal["nothing", "optimizer"] = "nothing"
+    """What lies and is updated in the host's memory: master weights, moments and teachers' averages; ZeRO 1 to 3."""
+    max_skipped: int = 10
+    """Optimizer steps that may be skipped for a loss that is not finite, before the run ends."""
+    check_gradients: bool = False
+    """Whether a step is also skipped where the loss is finite and a gradient is not; then each waits for the device."""
+    collect_every: int = 100
+    """Optimizer steps between Python's garbage collections, on all ranks at once; 0 = whenever Python likes."""
     timeout_minutes: float = 10.0
     """A collective that waits longer than this for another rank fails."""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"engine.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
-        _at_least("engine", self, 0, "threads")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("engine.offload is optimizer, which needs engine.zero_stage 1, 2 or 3, not 0")
+        _at_least("engine", self, 0, "threads", "max_skipped", "collect_every")
         if self.timeout_minutes <= 0:
             raise ValueError(f"engine.timeout_minutes is {self.timeout_minutes}; it must be above 0")
 
@@ -201,6 +221,8 @@ class LoggingConfig:
     """Optimizer steps a row of metrics is the mean of; ranks and device are synchronised this often."""
     tensorboard: bool = True
     """Whether metrics are also written for TensorBoard."""
+    wandb: str = ""
+    """Project at Weights & Biases where metrics are also sent; empty = nowhere.  Needs the package wandb."""
     verbose: bool = False
     """Whether the libraries' own notes and warnings are shown."""
 

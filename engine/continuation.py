@@ -24,7 +24,8 @@ from torch import Tensor
 from maestri.engine import checkpoint as files
 from maestri.engine.config import CheckpointConfig, changes_between
 from maestri.engine.distributed import Ranks, first_failure, one_line, seed_everything, wait_for_all
-from maestri.engine.errors import CheckpointDamaged, CheckpointError
+from maestri.engine.errors import CheckpointDamaged, CheckpointError, NonFiniteWeights
+from maestri.engine.finite import FiniteGuard
 from maestri.engine.logs import Meter, merged_periods
 from maestri.engine.masters import (
     MasterGroup,
@@ -62,6 +63,7 @@ class Parts:
     masters: Sequence[MasterGroup]
     loader: Position
     meter: Meter
+    guard: FiniteGuard
     ranks: Ranks
     control: dist.ProcessGroup | None
 
@@ -74,7 +76,9 @@ def save(run: Path, parts: Parts, *, step: int, config: Mapping[str, Any], setti
 
     Raises:
         CheckpointError: on every rank, where any rank could not write; the checkpoints before are untouched.
+        NonFiniteWeights: on every rank, where a weight is infinite or not a number.
     """
+    _check_finite(parts, step)
     final = run / "checkpoints" / f"step_{step:08d}"
     draft = final.with_name(f".{final.name}.tmp")
     try:
@@ -114,6 +118,13 @@ def save(run: Path, parts: Parts, *, step: int, config: Mapping[str, Any], setti
         wait_for_all()
         raise
     return final
+
+
+def _check_finite(parts: Parts, step: int) -> None:
+    odd = (group.name for group in parts.masters if not all(bool(piece.isfinite().all()) for piece in group.local()))
+    failure = first_failure(next(odd, ""), parts.control)
+    if failure:
+        raise NonFiniteWeights(step, failure)
 
 
 def _weight_files(parts: Parts) -> dict[str, Callable[[bool], dict[str, Tensor]]]:
@@ -169,6 +180,7 @@ def _write_run(draft: Path, parts: Parts, step: int, config: Mapping[str, Any]) 
         "format": files.FORMAT,
         "step": step,
         "updates": num_updates(parts.engine),
+        "skipped": parts.guard.skipped,
         "world_size": parts.ranks.world_size,
         "loader": parts.loader.state_dict(),
         "config": config,
@@ -282,6 +294,7 @@ def _restore(checkpoint: Path, parts: Parts, config: Mapping[str, Any]) -> Conti
     for role, average in averages.items():
         parts.teachers.restore(role, average)
     parts.method.state.load_state_dict(method_state)
+    parts.guard.skipped = int(description.get("skipped", 0))
     step = int(description["step"])
     on_gpu = parts.ranks.device.type == "cuda"
     note = ""

@@ -29,12 +29,13 @@ def deepspeed_config(
             }
             | ({"fused": True} if on_gpu else {}),
         },
-        "bf16": {"enabled": engine.precision == "bf16"},
+        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": engine.check_gradients},
         "zero_optimization": {
             "stage": engine.zero_stage,
             # Permutes parameters inside a flat partition behind DeepSpeed's own getters, which then answer wrongly.
             "round_robin_gradients": False,
-        },
+        }
+        | ({"offload_optimizer": {"device": "cpu", "pin_memory": on_gpu}} if engine.offload == "optimizer" else {}),
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from maestri.engine.errors import RunError
+from maestri.engine.meeting import join
 
 QUIET_MODULES = ("deepspeed", "torch", "nvidia", "timm", "tensorboard", "transformers")
 
@@ -83,7 +84,11 @@ def prepare_environment(device: str) -> torch.device:
 
 
 def start(device: torch.device, *, timeout_minutes: float, verbose: bool = False) -> Ranks:
-    """Joins the process group (NCCL on a GPU, else gloo) and returns this process's place in it."""
+    """Joins the process group (NCCL on a GPU, else gloo) and returns this process's place in it.
+
+    Raises:
+        ConnectionError: not all ranks came in time.
+    """
     if not verbose:
         quiet_libraries()
     import deepspeed  # type: ignore[import-untyped]
@@ -92,11 +97,13 @@ def start(device: torch.device, *, timeout_minutes: float, verbose: bool = False
         _raise_log_levels()  # again: DeepSpeed sets the level of its logger when it is imported
     # Built by ninja on first use otherwise: a compiler and half a minute, for a reduction gloo already does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=timeout_minutes),
-        verbose=False,
-    )
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
+    try:
+        join(backend, timeout)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionError(f"not all {os.environ['WORLD_SIZE']} ranks met at {where}: {one_line(error)}") from error
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)  # takes the group there is
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -171,7 +178,11 @@ def one_line(error: BaseException) -> str:
 def is_lost_rank(error: BaseException) -> bool:
     """Returns whether an error is a collective's that another rank left; the cause is in that rank's output."""
     text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text or "ProcessGroup" in text)
+    return (
+        isinstance(error, dist.DistError)
+        or isinstance(error, RuntimeError)
+        and ("gloo" in text or "NCCL" in text or "ProcessGroup" in text)
+    )
 
 
 def wait_for_all() -> None:

@@ -1,11 +1,9 @@
 """Metrics of a run: sums on the device, one row per period, JSON lines and TensorBoard."""
 
 import json
-import math
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from maestri.engine.boards import Board
 from maestri.engine.distributed import mean_over_ranks
-from maestri.engine.errors import NonFiniteLoss
 from maestri.shards.files import write_atomically
 
 
@@ -33,7 +31,7 @@ class Meter:
         """Training time of the whole run so far, without evaluation and checkpoints."""
 
     def add(self, metrics: Mapping[str, Tensor], *, num_images: int) -> None:
-        """Adds a step's scalars; nothing is synchronised."""
+        """Adds a step's scalars, none of a step that was skipped; nothing is synchronised."""
         for name, value in metrics.items():
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -50,21 +48,17 @@ class Meter:
         """Starts the clock again after ``pause``."""
         self._clock = time.perf_counter()
 
-    def take(self, *, step: int, wait_seconds: float, bad_samples: int) -> dict[str, float]:
+    def take(self, *, wait_seconds: float, bad_samples: int) -> dict[str, float]:
         """Returns the period's means over steps and ranks, and starts a new period; waits for the device.
 
         Args:
-            step: Optimizer steps done.
             wait_seconds: What this rank waited for data in the period.
             bad_samples: What this rank has replaced so far; the row has the sum over ranks.
-
-        Raises:
-            NonFiniteLoss: the mean loss is not finite.
         """
         names = sorted(self._sums)
-        values = torch.stack([self._sums[name].to(self._device) / self._counts[name] for name in names])
         local = torch.tensor([wait_seconds, bad_samples], dtype=torch.float64, device=self._device)
-        *means, waited, bad = mean_over_ranks(torch.cat([values, local])).tolist()
+        values = [self._sums[name].to(self._device) / self._counts[name] for name in names]
+        *means, waited, bad = mean_over_ranks(torch.stack([*values, *local])).tolist()
         self.pause()
         self.go_on()
         row: dict[str, float] = dict(zip(names, means, strict=True))
@@ -74,16 +68,7 @@ class Meter:
         row["period_seconds"] = self._seconds
         row["elapsed_seconds"] = self.elapsed_seconds
         self._sums, self._counts, self._seconds, self._images = {}, {}, 0.0, 0
-        if not math.isfinite(row["loss"]):
-            raise NonFiniteLoss(step, row["loss"])
         return row
-
-    def check_finite(self, step: int) -> None:
-        """Raises NonFiniteLoss where the unfinished period holds one, on every rank; waits for the device."""
-        if "loss" in self._sums:
-            total = mean_over_ranks(self._sums["loss"].clone()).item()
-            if not math.isfinite(total):
-                raise NonFiniteLoss(step, total)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the unfinished period of this rank."""
@@ -114,12 +99,12 @@ def merged_periods(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class RunLog:
-    """``metrics.jsonl`` and TensorBoard's events in a run's folder; only the main process has one.
+    """``metrics.jsonl`` in a run's folder, and boards that show the same; only the main process has one.
 
     A row is ``{"kind": "train" | "evaluation", "step": n, …}``; ``step`` counts optimizer steps done.
     """
 
-    def __init__(self, out: Path, *, first_step: int, tensorboard: bool) -> None:
+    def __init__(self, out: Path, *, first_step: int, boards: Sequence[Board] = ()) -> None:
         """Continues the log of a run that resumes after ``first_step`` steps; rows past it are dropped.
 
         So is an evaluation at ``first_step`` itself, which comes after that step's checkpoint and is done again.
@@ -129,33 +114,26 @@ class RunLog:
         kept = [row for row in read_rows(self.path) if row["step"] <= last_step[row["kind"]]]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = self.path.open("a", encoding="utf-8")
-        self._board: Any = None
-        if tensorboard:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # TensorBoard's own imports warn
-                from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
+        self._boards = boards
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Appends a row."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        for board in self._boards:
+            board.write(kind, step, values)
 
     def sync(self) -> None:
         """Brings rows to the disk; call it before a checkpoint that is to continue after them."""
         os.fsync(self._file.fileno())
-        if self._board is not None:
-            self._board.flush()
+        for board in self._boards:
+            board.sync()
 
     def close(self) -> None:
         """Closes files and threads."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -167,6 +145,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def last_with_loss(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns the last row that has losses, empty if none has: the row of a period of skipped steps has none."""
+    return next((row for row in reversed(rows) if "loss" in row), {})
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -181,7 +164,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "images_per_second": statistics.median(row["images_per_second"] for row in train),
         "data_wait_share": sum(row["data_wait"] * row["period_seconds"] for row in train) / seconds,
         "train_seconds": train[-1]["elapsed_seconds"],
-        "losses": {name: value for name, value in train[-1].items() if name.startswith("loss")},
+        "losses": {name: value for name, value in last_with_loss(train).items() if name.startswith("loss")},
     }
     if evaluations:
         last = evaluations[-1]

@@ -64,8 +64,23 @@ class MasterGroup(Protocol):
         """
         ...
 
-    def assemble(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Returns whole parameters by name from every rank's pieces, in the pieces' dtype; at most one all-gather."""
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """The module's own, in the order of ``names``."""
+        ...
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the group; None means all."""
+        ...
+
+    @property
+    def share_size(self) -> int:
+        """Elements of a rank's share: its pieces end to end, and padding at the tail of the last ones."""
+        ...
+
+    def places(self, shares: Tensor) -> dict[str, list[Tensor]]:
+        """Returns flat views of each parameter's elements, in their order, in all ranks' shares end to end."""
         ...
 
     def split(self, whole: Mapping[str, Tensor]) -> list[Tensor]:
@@ -99,28 +114,26 @@ class _Replicated:
             for key, whole in moments.items():
                 self.optimizer.state[master][key].copy_(whole[name])
 
-    def assemble(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
-        flat = torch.cat(list(pieces))
-        if dist.get_world_size() > 1:
-            padded = flat.new_zeros(self._share_size())
-            padded[: len(flat)] = flat
-            flat = _all_gather(padded, None).flatten()
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        return None
+
+    @property
+    def share_size(self) -> int:
+        return -(-sum(parameter.numel() for parameter in self.parameters) // dist.get_world_size())
+
+    def places(self, shares: Tensor) -> dict[str, list[Tensor]]:
         sizes = [parameter.numel() for parameter in self.parameters]
-        parts = torch.split(flat[: sum(sizes)], sizes)
-        return {
-            name: part.view(like.shape) for name, part, like in zip(self.names, parts, self.parameters, strict=True)
-        }
+        parts = torch.split(shares[: sum(sizes)], sizes)
+        return {name: [part] for name, part in zip(self.names, parts, strict=True)}
 
     def split(self, whole: Mapping[str, Tensor]) -> list[Tensor]:
         device = self.parameters[0].device
         return [piece.clone() for piece in self._share([whole[name].float().to(device) for name in self.names])]
 
-    def _share_size(self) -> int:
-        return -(-sum(parameter.numel() for parameter in self.parameters) // dist.get_world_size())
-
     def _share(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Returns flat views of the elements, of all tensors end to end, that are this rank's; at least one view."""
-        size = self._share_size()
+        size = self.share_size
         first = size * dist.get_rank()
         found, offset = [], 0
         for tensor in tensors:
@@ -153,14 +166,22 @@ class _Sliced:
 
     def restore(self, masters: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         _write(self, masters, moments)
-        whole = self.assemble([piece.to(self.parameters[0].dtype) for piece in self.local()])
+        whole = assemble(self, [piece.to(self.parameters[0].dtype) for piece in self.local()])
         for parameter, value in zip(self.parameters, whole.values(), strict=True):
             parameter.data.copy_(value)
 
-    def assemble(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
-        flat = _all_gather(pieces[0], self.optimizer.dp_process_group).flatten()
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        group: dist.ProcessGroup = self.optimizer.dp_process_group
+        return group
+
+    @property
+    def share_size(self) -> int:
+        return self.local()[0].numel()
+
+    def places(self, shares: Tensor) -> dict[str, list[Tensor]]:
         return {
-            name: flat[offset : offset + like.numel()].view(like.shape)
+            name: [shares[offset : offset + like.numel()]]
             for name, offset, like in zip(self.names, self.offsets, self.parameters, strict=True)
         }
 
@@ -205,21 +226,36 @@ class _Sharded:
             shard = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed adds it
             shard.data.copy_(master[: shard.numel()].view(shard.shape))
 
-    def assemble(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
-        gathered = _all_gather(torch.cat(list(pieces)), self.optimizer.dp_process_group)
-        whole, offset = {}, 0
-        for name, parameter, piece in zip(self.names, self.parameters, pieces, strict=True):
-            shape = parameter.ds_shape  # type: ignore[attr-defined]  # DeepSpeed adds it
-            columns = gathered[:, offset : offset + piece.numel()]
-            whole[name] = columns.flatten()[: shape.numel()].view(shape)
-            offset += piece.numel()
-        return whole
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        group: dist.ProcessGroup = self.optimizer.dp_process_group
+        return group
+
+    @property
+    def share_size(self) -> int:
+        return sum(self._piece_sizes())
+
+    def places(self, shares: Tensor) -> dict[str, list[Tensor]]:
+        by_rank = shares.view(dist.get_world_size(self.process_group), -1)
+        found, offset = {}, 0
+        for name, parameter, size in zip(self.names, self.parameters, self._piece_sizes(), strict=True):
+            pieces, left = [], shape_of(parameter).numel()
+            for share in by_rank:
+                pieces.append(share[offset : offset + min(size, left)])
+                left -= len(pieces[-1])
+            found[name] = [piece for piece in pieces if len(piece)]
+            offset += size
+        return found
 
     def split(self, whole: Mapping[str, Tensor]) -> list[Tensor]:
         group = self.optimizer.dp_process_group
         return [
             shard_of(whole[name], like=mine, group=group) for name, mine in zip(self.names, self.local(), strict=True)
         ]
+
+    def _piece_sizes(self) -> list[int]:
+        world = dist.get_world_size(self.process_group)
+        return [-(-shape_of(parameter).numel() // world) for parameter in self.parameters]
 
 
 def _write(group: MasterGroup, masters: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -236,13 +272,44 @@ def shard_of(whole: Tensor, *, like: Tensor, group: dist.ProcessGroup) -> Tensor
     return padded.chunk(world)[dist.get_rank(group)].clone()
 
 
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """Returns the shape of a whole parameter, also where ZeRO 3 has taken it apart."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def new_shares(group: MasterGroup, dtype: torch.dtype) -> Tensor:
+    """Returns room for all ranks' shares of a group, end to end, on the module's device: zeros."""
+    world = dist.get_world_size(group.process_group)
+    return torch.zeros(world * group.share_size, dtype=dtype, device=group.parameters[0].device)
+
+
+def own_pieces(group: MasterGroup, shares: Tensor, pieces: Sequence[Tensor]) -> list[Tensor]:
+    """Returns views of this rank's share of ``shares``, as long as its pieces."""
+    sizes = [piece.numel() for piece in pieces]
+    first = group.share_size * dist.get_rank(group.process_group)
+    return list(torch.split(shares[first : first + sum(sizes)], sizes))
+
+
 @torch.no_grad()
-def _all_gather(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Returns ``rank element``, every rank's equally long flat tensor."""
-    world = dist.get_world_size(group)
-    gathered = torch.empty(world * mine.numel(), dtype=mine.dtype, device=mine.device)
-    dist.all_gather_into_tensor(gathered, mine.contiguous(), group=group)
-    return gathered.view(world, mine.numel())
+def gather_shares(group: MasterGroup, shares: Tensor) -> None:
+    """Fetches other ranks' shares, in place: one all-gather, none on one rank."""
+    if dist.get_world_size(group.process_group) > 1:
+        size = group.share_size
+        first = size * dist.get_rank(group.process_group)
+        dist.all_gather_into_tensor(shares, shares[first : first + size], group=group.process_group)
+
+
+@torch.no_grad()
+def assemble(group: MasterGroup, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Returns whole parameters by name from every rank's pieces, in the pieces' dtype; at most one all-gather."""
+    shares = new_shares(group, pieces[0].dtype)
+    torch._foreach_copy_(own_pieces(group, shares, pieces), list(pieces))
+    gather_shares(group, shares)
+    return {
+        name: (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape_of(parameter))
+        for parameter, (name, parts) in zip(group.parameters, group.places(shares).items(), strict=True)
+    }
 
 
 def masters_of(engine: Any) -> list[MasterGroup]:
@@ -290,7 +357,7 @@ def _assert_layout(engine: Any, groups: Sequence[MasterGroup], by_name: Mapping[
     for group in groups:
         local = group.local()
         assert all(piece.dtype == torch.float32 for piece in local), f"masters of {group.name} are not float32"
-        whole = group.assemble(local)
+        whole = assemble(group, local)
         for name, master in whole.items():
             parameter = by_name[name]
             if engine.zero_optimization_stage() == 3:
@@ -313,7 +380,7 @@ def gather_masters(groups: Sequence[MasterGroup], *, wanted: bool = True) -> dic
     """
     whole: dict[str, Tensor] = {}
     for group in groups:
-        whole |= _on_cpu(group.assemble(group.local()), wanted)
+        whole |= _on_cpu(assemble(group, group.local()), wanted)
     return whole
 
 
@@ -322,7 +389,7 @@ def gather_moments(groups: Sequence[MasterGroup], *, wanted: bool = True) -> dic
     whole: dict[str, Tensor] = {}
     for group in groups:
         for key in MOMENTS:
-            found = _on_cpu(group.assemble(group.moments(key)), wanted)
+            found = _on_cpu(assemble(group, group.moments(key)), wanted)
             whole |= {f"{key}/{name}": value for name, value in found.items()}
     return whole
 

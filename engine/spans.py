@@ -53,6 +53,12 @@ def _event() -> torch.cuda.Event:
 
 
 _active: SpanRecorder | None = None
+_place = ""
+
+
+def current_place() -> str:
+    """Returns the name of the innermost span that the program is in, empty between spans."""
+    return _place
 
 
 @contextmanager
@@ -69,8 +75,13 @@ def recording(recorder: SpanRecorder) -> Iterator[SpanRecorder]:
 @contextmanager
 def span(name: str) -> Iterator[None]:
     """Marks a part of the step; costs nothing to speak of while nobody records."""
-    if _active is None:
-        yield
-        return
-    with _active.measure(name):
-        yield
+    global _place
+    before, _place = _place, name
+    try:
+        if _active is None:
+            yield
+        else:
+            with _active.measure(name):
+                yield
+    finally:
+        _place = before

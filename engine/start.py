@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import Block
 
 from maestri.engine.config import BatchConfig, EngineConfig, OptimizerConfig
 from maestri.engine.deepspeed_config import deepspeed_config
@@ -13,6 +14,7 @@ from maestri.engine.teachers import Teachers, prepare_teachers
 from maestri.model.method import Method
 from maestri.pipelines.order import slice_of
 
+COMPILED_VARIANTS = 64
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -29,6 +31,8 @@ def start_engine(
     check_slices(batch, ranks.world_size)
     if ranks.device.type == "cpu" and engine.precision == "bf16":
         _use_plain_attention(method)
+    if engine.activation_checkpointing:
+        _recompute_blocks(method)
     prepare_teachers(method, device=ranks.device, dtype=COMPUTE_DTYPES[engine.precision])
     method.state.to(ranks.device)
     wrapped, *_ = deepspeed.initialize(
@@ -45,6 +49,8 @@ def start_engine(
     )
     groups = masters_of(wrapped)
     start_moments(wrapped, groups)
+    if engine.compile:
+        _compile_blocks(method)
     return wrapped, Teachers(method, wrapped.module, groups), groups
 
 
@@ -58,6 +64,28 @@ def _use_plain_attention(method: Method) -> None:
     for module in method.student.modules():
         if hasattr(module, "fused_attn"):  # timm's attention, in every version
             module.fused_attn = False
+
+
+def _recompute_blocks(method: Method) -> None:
+    """Lets the student's encoder and decoder run their blocks again in the backward pass."""
+    module: Any
+    for module in method.student.modules():
+        if hasattr(module, "grad_checkpointing"):  # timm's name
+            module.grad_checkpointing = True
+
+
+def _compile_blocks(method: Method) -> None:
+    """Compiles the blocks of student and teachers, each for itself: equal ones share their code.
+
+    The forward functions are compiled, not the modules, so that the hooks by which ZeRO 3 fetches a block's parameters
+    stay outside.
+    """
+    # A block's code is compiled for each width, precision and use: student, decoder, teachers, evaluation.
+    torch._dynamo.config.recompile_limit = max(COMPILED_VARIANTS, torch._dynamo.config.recompile_limit)
+    block: Any
+    for module in (method.student, *(teacher.module for teacher in method.teachers.values())):
+        for block in (found for found in module.modules() if isinstance(found, Block)):
+            block.forward = torch.compile(block.forward)
 
 
 def check_slices(batch: BatchConfig, world_size: int) -> None:

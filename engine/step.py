@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maestri.engine.finite import FiniteGuard
 from maestri.engine.schedules import Scheduled
 from maestri.engine.spans import span
 from maestri.engine.teachers import Teachers
@@ -19,7 +20,7 @@ class StepResult:
     """What a step leaves for the log; tensors stay on the device."""
 
     metrics: Mapping[str, Tensor]
-    """Detached scalars, means over this rank's micro-batches; ``loss`` among them."""
+    """Detached scalars, means over this rank's micro-batches, ``loss`` among them; none of a skipped step."""
     applied: bool
     """Whether the optimizer changed the weights."""
 
@@ -34,16 +35,30 @@ def set_schedules(engine: Any, settings: Scheduled) -> None:
 
 
 def train_step(
-    engine: Any, method: Method, teachers: Teachers, batches: Iterator[Batch], step: int, *, monitor: bool = False
+    engine: Any,
+    method: Method,
+    teachers: Teachers,
+    batches: Iterator[Batch],
+    step: int,
+    *,
+    guard: FiniteGuard,
+    monitor: bool = False,
 ) -> StepResult:
     """Runs one optimizer step (0-based ``step``) of as many micro-batches as DeepSpeed accumulates.
 
+    It is skipped where the loss of any micro-batch is not finite on any rank.
+
     Args:
         engine: DeepSpeed's engine around ``method.student``.
+        guard: looks at every loss.
         monitor: Whether to add the method's dearer figures, of the last micro-batch.
+
+    Raises:
+        NonFiniteLoss: more steps were skipped than the run allows.
     """
     accumulation = engine.gradient_accumulation_steps()
     totals: dict[str, Tensor] = {}
+    applied = refused = False
     for micro_step in range(accumulation):
         with span("data"):
             batch = next(batches)
@@ -53,23 +68,32 @@ def train_step(
             outputs = engine(batch)
         with span("loss"):
             loss, metrics = method.loss(outputs, targets, step)
+            watched = guard.watch(loss)
         with span("backward"):
-            engine.backward(loss)  # divides by the number of micro-batches; ranks are averaged
+            engine.backward(watched)  # divides by the number of micro-batches; ranks are averaged
         with span("optimizer"):
-            engine.step()  # acts on the last micro-batch only
-        is_last = micro_step + 1 == accumulation
-        if engine.was_step_applied() or not is_last:
+            finite = guard.was_finite()
+            refused |= not finite
+            is_last = micro_step + 1 == accumulation
+            if is_last:
+                applied = guard.step(engine, drop=refused)
+            else:
+                engine.step()  # counts the micro-batch
+        if finite and (applied or not is_last):
             method.commit()
         else:
             method.rollback()
+            if not (finite and refused):  # its own loss, or a gradient, is not finite
+                guard.note(batch, loss, step=step)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             totals[name] = totals[name] + value if name in totals else value
+    if not applied:
+        guard.count(step)
+        return StepResult(metrics={}, applied=False)
     means = {name: total.float() / accumulation for name, total in totals.items()}
     if monitor:
         with span("monitor"), torch.no_grad():
             means |= method.monitors(outputs, targets)
-    applied = bool(engine.was_step_applied())
-    if applied:
-        with span("averages"):
-            teachers.update(step)
-    return StepResult(metrics=means, applied=applied)
+    with span("averages"):
+        teachers.update(step)
+    return StepResult(metrics=means, applied=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from maestri.engine.logs import last_with_loss
 from maestri.evals.clustering import ClusterReport
 from maestri.evals.lowshot import LowshotReport
 from maestri.evals.protocol import AccuracyReport, KnnReport
@@ -111,7 +112,7 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in [key for key in (train[-1] if train else {}) if key.startswith(LOSS_PREFIXES)]:
+    for name in [key for key in last_with_loss(train) if key.startswith(LOSS_PREFIXES)]:
         left.plot([row["step"] for row in train], [row.get(name) for row in train], label=name, linewidth=1.2)
     left.set(xlabel="optimizer step", ylabel="loss (nats)", title="Losses")
     for model, name in best_figures(evaluations[-1] if evaluations else {}).items():

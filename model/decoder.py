@@ -6,6 +6,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from maestri.model.blocks import run_blocks
 from maestri.model.encoder import sincos_positions, take
 
 
@@ -40,6 +41,7 @@ class Decoder(nn.Module):
         positions = sincos_positions(config.dim, round(num_tokens**0.5))[None]
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList([Block(config.dim, config.heads, qkv_bias=True) for _ in range(config.depth)])
+        self.grad_checkpointing = False  # as timm's encoder calls it
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, output_dim)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -63,6 +65,5 @@ class Decoder(nn.Module):
         seen = encoded[:, 1:] + take(positions, visible)
         hidden = self.mask_token + take(positions, masked)
         sequence = torch.cat([encoded[:, :1], seen, hidden], dim=1)
-        for block in self.blocks:
-            sequence = block(sequence)
+        sequence = run_blocks(self.blocks, sequence, recompute=self.grad_checkpointing)
         return self.head(self.norm(sequence[:, -masked.shape[1] :]))  # type: ignore[no-any-return]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from maestri.model.blocks import run_blocks
+
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
@@ -140,8 +142,7 @@ class Encoder(VisionTransformer):
         tokens = self._embed(patches) + positions
         class_token = (self._token("cls_token") + all_positions[:, :1]).expand(len(images), -1, -1)
         tokens = torch.cat([class_token, tokens], dim=1)
-        for block in self.blocks:
-            tokens = block(tokens)
+        tokens = run_blocks(self.blocks, tokens, recompute=self.grad_checkpointing)
         return self.norm(tokens)  # type: ignore[no-any-return]
 
     def _patch_positions(self, side: int) -> Tensor:

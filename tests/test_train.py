@@ -1,13 +1,16 @@
 """train.py as a user runs it: one process, two ranks, killed, stopped, misconfigured."""
 
+import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +213,11 @@ def test_train__full_disk_is_one_line_and_keeps_the_checkpoint_before(folder: Pa
         (["--out", "whole", "--encoder.depth", "1"], 1, "encoder.depth (2 → 1)"),
         (["--out", "odd", "--batch.global_size", "7"], 1, "the nearest that does: 6 or 8"),
         (["--out", "none", "--data.shards", "missing"], 1, "there is no folder missing"),
+        (
+            ["--out", "none", "--engine.offload", "optimizer", "--engine.zero_stage", "0"],
+            2,
+            "needs engine.zero_stage 1",
+        ),
         (["--out", "none", "--data.test_shards", "missing"], 1, "there is no folder missing"),
         (["--out", "none", "--data.holdout", "4", "--evaluation.k", "5000"], 1, "asks for 5000 neighbours"),
     ],
@@ -219,6 +227,57 @@ def test_train__bad_input_is_one_line(folder: Path, flags: list[str], code: int,
     assert done.returncode == code
     assert expected in one_line(done.stderr)
     assert not (folder / "none").exists()
+
+
+def test_train__weights_that_blow_up_end_the_run(folder: Path) -> None:
+    flags = ["--out", "blown", "--engine.max_skipped", "2", "--optimizer.warmup", "0", "--checkpoint.every", "1"]
+    done = train(folder, *flags, "--optimizer.base_lr", "1e30")
+    assert done.returncode == 1
+    assert "3 steps were skipped for a loss that is not finite" in one_line(done.stderr)
+    rows = [json.loads(line) for line in (folder / "blown/skipped/rank_00000.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all(row["keys"] and len(row["keys"]) == len(row["rows"]) == 8 for row in rows)
+    weights = load_weights(folder / "blown/checkpoints/step_00000002")
+    assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+def test_train__a_rank_that_hangs_is_named(folder: Path) -> None:
+    flags = ["--out", "hung", "--steps", "100000", "--engine.timeout_minutes", "0.3", "--checkpoint.every", "0"]
+    log, stderr = folder / "hung" / "metrics.jsonl", folder / "hung.log"
+    with stderr.open("w") as file:
+        launcher = subprocess.Popen(
+            command(*flags, ranks=2), cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=file
+        )
+    wait_until(lambda: log.is_file() and log.read_text().count("\n") >= 4)
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True).stdout
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in found.split()}
+    (hanging,) = (pid for pid, text in environments.items() if b"\0LOCAL_RANK=1\0" in text)
+    os.kill(hanging, signal.SIGSTOP)
+    try:
+        wait_until(lambda: "another rank" in stderr.read_text())
+    finally:
+        os.kill(hanging, signal.SIGKILL)
+    assert launcher.wait(60) == 1
+    told = [line for line in stderr.read_text().splitlines() if line.startswith("train.py: ")][-2:]
+    stall = r"train.py: no progress for \d+ s: rank 1 in \w+ of step \d+, silent for \d+ s; rank 0 in \w+ of step \d+"
+    assert re.fullmatch(stall, told[0]), told
+    assert told[1].startswith("train.py: rank 0: another rank has ended or hangs (rank 1 in ")
+
+
+def test_train__a_folder_holds_one_run_at_a_time(folder: Path) -> None:
+    (folder / "held").mkdir()
+    with (folder / "held" / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = train(folder, "--out", "held")
+    assert done.returncode == 1 and "another process is training in held" in one_line(done.stderr)
+    assert train(folder, "--out", "held", "--steps", "2").returncode == 0
+
+
+def wait_until(holds: Callable[[], bool], *, seconds: float = 90.0) -> None:
+    """Waits until something holds; fails if it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def stages(folder: Path, *flags: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":

@@ -15,7 +15,7 @@ from typing import Any
 
 import ranks_program
 import torch
-from ranks_program import GLOBAL_SIZE, PATCH, SIZE, STEPS, SyntheticLoader, steps
+from ranks_program import GLOBAL_SIZE, PATCH, SIZE, STEPS, SyntheticLoader, new_guard, steps
 
 from maestri.engine import continuation, distributed
 from maestri.engine.config import BatchConfig, CheckpointConfig, EngineConfig, OptimizerConfig
@@ -28,7 +28,9 @@ from maestri.model.encoder import EncoderConfig
 from maestri.model.maect_config import MaectConfig
 
 
-def build(case: str, ranks: distributed.Ranks, *, depth: int = 2, seed: int = 0) -> Parts:
+def build(
+    case: str, ranks: distributed.Ranks, *, depth: int = 2, seed: int = 0, check_gradients: bool = False
+) -> Parts:
     """Returns a tiny MAE-CT in its engine, with a queue that wraps around within the run."""
     stage, zero_stage, precision, accumulation = case.split("-")
     maect = MaectConfig(
@@ -68,6 +70,7 @@ def build(case: str, ranks: distributed.Ranks, *, depth: int = 2, seed: int = 0)
         masters=masters,
         loader=loader,
         meter=meter,
+        guard=new_guard(case, ranks, check_gradients=check_gradients),
         ranks=ranks,
         control=None,
     )

@@ -1,14 +1,16 @@
 """Run by test_ranks.py in one or two processes: trains PL-MAE on synthetic batches at several ZeRO stages.
 
 Writes ``OUT/<rank>.json`` with what the tests look at.  Usage: ranks_program.py OUT CASE …, a CASE being
-``stage-precision-accumulation``, e.g. ``2-bf16-1``, or ``FOLDER/CASE>CASE@STEP``: the first one's run, found in FOLDER,
-goes on as the second until STEP.
+``stage-precision-accumulation``, e.g. ``2-bf16-1``, with ``-compile``, ``-recompute`` or ``-offload``, or
+``FOLDER/CASE>CASE@STEP``: the first one's run, found in FOLDER, goes on as the second until STEP.
 """
 
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from maestri.engine import checkpoint, continuation, distributed
 from maestri.engine.config import BatchConfig, CheckpointConfig, EngineConfig, OptimizerConfig
 from maestri.engine.continuation import Parts
-from maestri.engine.errors import CheckpointError
+from maestri.engine.errors import CheckpointError, NonFiniteLoss, NonFiniteWeights
+from maestri.engine.finite import FiniteGuard
 from maestri.engine.logs import Meter
-from maestri.engine.masters import gather_masters
+from maestri.engine.masters import gather_masters, gather_moments, num_updates
 from maestri.engine.schedules import Scheduled
 from maestri.engine.start import start_engine
 from maestri.engine.step import set_schedules, train_step
@@ -37,6 +40,7 @@ SIZE, PATCH, GLOBAL_SIZE, STEPS = 16, 4, 16, 6
 LONG = ("0-fp32-1", "1-bf16-1", "3-bf16-1")
 """Cases whose teachers are averaged a thousand times."""
 KEEP_ONE = CheckpointConfig(keep=1)
+SKIPPED = Path(sys.argv[1]) / "skipped"
 
 
 class SyntheticLoader:
@@ -77,9 +81,11 @@ class SyntheticLoader:
         self.position = state["position"]
 
 
-def build(case: str, ranks: distributed.Ranks, *, depth: int = 1, seed: int = 0) -> Parts:
+def build(
+    case: str, ranks: distributed.Ranks, *, depth: int = 1, seed: int = 0, check_gradients: bool = False
+) -> Parts:
     """Returns a tiny PL-MAE in its engine, with momenta low enough that teachers move in a few steps."""
-    stage, precision, accumulation = case.split("-")
+    stage, precision, accumulation, *more = case.split("-")
     head = HeadConfig(hidden=20, layers=2, bottleneck=12, prototypes=10)
     level = LevelConfig(head=head, me_max=0.5)
     plmae = PlmaeConfig(
@@ -104,7 +110,15 @@ def build(case: str, ranks: distributed.Ranks, *, depth: int = 1, seed: int = 0)
         ranks,
         batch=batch,
         optimizer=OptimizerConfig(clip=1.0),
-        engine=EngineConfig(zero_stage=int(stage), precision=precision, device="cpu"),
+        engine=EngineConfig(
+            zero_stage=int(stage),
+            precision=precision,
+            device="cpu",
+            compile="compile" in more,
+            activation_checkpointing="recompute" in more,
+            offload="optimizer" if "offload" in more else "nothing",
+            check_gradients=check_gradients,
+        ),
     )
     loader = SyntheticLoader(rank=ranks.rank, world_size=ranks.world_size, micro_size=batch.micro_size)
     return Parts(
@@ -114,8 +128,20 @@ def build(case: str, ranks: distributed.Ranks, *, depth: int = 1, seed: int = 0)
         masters=masters,
         loader=loader,
         meter=Meter(ranks.device),
+        guard=new_guard(case, ranks, check_gradients=check_gradients),
         ranks=ranks,
         control=None,
+    )
+
+
+def new_guard(case: str, ranks: distributed.Ranks, *, check_gradients: bool) -> FiniteGuard:
+    """Returns what lets a run skip one step."""
+    return FiniteGuard(
+        ranks,
+        folder=SKIPPED / case,
+        budget=1,
+        check_gradients=check_gradients,
+        keys_of=lambda rows: [f"key {row}" for row in rows],
     )
 
 
@@ -130,7 +156,9 @@ def steps(parts: Parts, first: int, last: int) -> Iterator[dict[str, float]]:
     """Yields the metrics of each optimizer step."""
     for step in range(first, last):
         set_schedules(parts.engine, Scheduled(learning_rate=1e-2, weight_decay=0.05, prototypes_frozen=False))
-        yield mean_metrics(train_step(parts.engine, parts.method, parts.teachers, parts.loader, step).metrics)
+        result = train_step(parts.engine, parts.method, parts.teachers, parts.loader, step, guard=parts.guard)
+        assert result.applied
+        yield mean_metrics(result.metrics)
 
 
 def relative(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
@@ -191,10 +219,96 @@ def run_case(case: str, ranks: distributed.Ranks, out: Path) -> dict[str, Any]:
         "teachers": teachers,
         "update": cost_of_update(again),
         "long_average": long_average(again) if case in LONG else {},
+        "skipping": skipping(case, ranks) if "compile" not in case else {},
+        "odd_gradients": [odd_gradients(case, ranks, check=c) for c in (False, True)] if "compile" not in case else [],
         "resumed_losses_equal": resumed == losses[first:],
         "resumed_weights_equal": all(torch.equal(final[name], after[name]) for name in final),
         "resumed_teachers_equal": equal,
     }
+
+
+class Poison(torch.autograd.Function):
+    """The identity, whose gradient is not a number."""
+
+    @staticmethod
+    def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.nan
+
+
+def everything(parts: Parts) -> dict[str, torch.Tensor]:
+    """Returns all that a skipped step must leave as it is, but the learning rate."""
+    found = gather_masters(parts.masters) | gather_moments(parts.masters)
+    found |= {f"{role}/{n}": v for role in parts.teachers for n, v in parts.teachers.gather(role).items()}
+    found |= {f"state/{n}": v.clone() for n, v in parts.method.state.state_dict().items()}
+    module = {f"module/{n}": p.detach().clone() for n, p in parts.engine.module.named_parameters() if p.numel()}
+    return found | module | {"updates": torch.tensor(num_updates(parts.engine))}
+
+
+@contextmanager
+def spoilt(parts: Parts, what: str) -> Iterator[None]:
+    """Makes the last rank's loss infinite, or its gradient not a number, in the first micro-batch inside the block."""
+    method: Any = parts.method
+    loss_of, calls = method.loss, itertools.count()
+
+    def spoil(outputs: Any, targets: Any, step: int) -> Any:
+        loss, metrics = loss_of(outputs, targets, step)
+        if next(calls) == 0 and parts.ranks.rank == parts.ranks.world_size - 1:
+            loss = loss * torch.inf if what == "loss" else Poison.apply(loss)
+        return loss, metrics
+
+    method.loss = spoil
+    yield
+    method.loss = loss_of
+
+
+def one_step(parts: Parts, step: int) -> bool:
+    """Trains a step; returns whether it was applied."""
+    return train_step(parts.engine, parts.method, parts.teachers, parts.loader, step, guard=parts.guard).applied
+
+
+def skipping(case: str, ranks: distributed.Ranks) -> dict[str, Any]:
+    """Returns what a loss that is not finite does to a run: once, and once too often."""
+    parts = build(case, ranks)
+    list(steps(parts, 0, 2))
+    before = everything(parts)
+    with spoilt(parts, "loss"):
+        applied = one_step(parts, 2)
+    kept = same(everything(parts), before)
+    lines = (SKIPPED / case / f"rank_{ranks.rank:05d}.jsonl").read_text().splitlines()
+    list(steps(parts, 3, 4))
+    after = everything(parts)
+    line = ""
+    with spoilt(parts, "loss"):
+        try:
+            one_step(parts, 4)
+        except NonFiniteLoss as error:
+            line = str(error)
+    return {
+        "applied": applied,
+        "kept": kept,
+        "moved": not same(gather_masters(parts.masters), before),
+        "finite": all(bool(value.isfinite().all()) for value in after.values()),
+        "notes": [json.loads(text) for text in lines],
+        "line": line,
+    }
+
+
+def odd_gradients(case: str, ranks: distributed.Ranks, *, check: bool) -> dict[str, Any]:
+    """Returns whether a step is applied whose gradient is not a number, and how its weights are not saved."""
+    parts = build(case, ranks, check_gradients=check)
+    before = gather_masters(parts.masters)
+    with spoilt(parts, "gradient"):
+        applied = one_step(parts, 0)
+    line = ""
+    try:
+        continuation.save(SKIPPED / f"{case} {check}", parts, step=1, config={}, settings=KEEP_ONE)
+    except NonFiniteWeights as error:
+        line = str(error)
+    return {"applied": applied, "kept": same(gather_masters(parts.masters), before), "line": line}
 
 
 def cost_of_update(parts: Parts) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from maestri.engine.errors import NonFiniteLoss
 from maestri.engine.logs import Meter, RunLog, read_rows, summarise
 
 CPU = torch.device("cpu")
@@ -24,7 +23,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 
 def write_rows(out: Path, steps: list[int]) -> None:
-    log = RunLog(out, first_step=0, tensorboard=False)
+    log = RunLog(out, first_step=0)
     for step in steps:
         log.write("train", step, {"loss": float(step)})
         log.write("evaluation", step, {"knn": float(step)})
@@ -35,14 +34,14 @@ def test_run_log__rows_past_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     write_rows(tmp_path, [1, 2, 3])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
-    RunLog(tmp_path, first_step=2, tensorboard=False).close()
+    RunLog(tmp_path, first_step=2).close()
     rows = [(row["kind"], row["step"]) for row in read_rows(tmp_path / "metrics.jsonl")]
     assert rows == [("train", 1), ("evaluation", 1), ("train", 2)]
 
 
 def test_run_log__a_new_run_starts_empty(tmp_path: Path) -> None:
     write_rows(tmp_path, [1, 2])
-    RunLog(tmp_path, first_step=0, tensorboard=False).close()
+    RunLog(tmp_path, first_step=0).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -58,17 +57,17 @@ def test_meter__unfinished_period_survives_a_checkpoint() -> None:
     first.pause()
     second.load_state_dict(first.state_dict())
     add(second, [0.4])
-    rows = [meter.take(step=3, wait_seconds=0.0, bad_samples=0) for meter in (whole, second)]
+    rows = [meter.take(wait_seconds=0.0, bad_samples=0) for meter in (whole, second)]
     assert rows[0]["loss"] == rows[1]["loss"] == pytest.approx(0.7 / 3)
     assert second.elapsed_seconds > first.elapsed_seconds
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_meter__a_loss_that_is_not_finite_ends_the_run() -> None:
+def test_meter__a_period_of_skipped_steps_has_no_losses() -> None:
     meter = Meter(CPU)
-    meter.add({"loss": torch.tensor(float("nan"))}, num_images=4)
-    with pytest.raises(NonFiniteLoss, match="the loss is nan at step 5"):
-        meter.take(step=5, wait_seconds=0.0, bad_samples=0)
+    meter.add({}, num_images=4)
+    row = meter.take(wait_seconds=0.0, bad_samples=1)
+    assert "loss" not in row and row["images_per_second"] > 0 and row["bad_samples"] == 1
 
 
 def test_summarise__weighs_waiting_by_time() -> None:
@@ -82,5 +81,9 @@ def test_summarise__weighs_waiting_by_time() -> None:
     summary = summarise(json.loads(json.dumps(rows)))
     assert summary["data_wait_share"] == pytest.approx(0.4)
     assert summary["images_per_second"] == 20.0
-    assert summary["losses"] == {"loss": 1.0} and summary["evaluation"] == {"knn": 0.5}
+    assert summary["losses"] == {"loss": 1.0}
+    assert summarise([*rows, rows[0] | {"step": 3, "loss": 4.0}])["losses"] == {"loss": 4.0}
+    skipped = {name: value for name, value in rows[0].items() if name != "loss"}
+    assert summarise([*rows, skipped | {"step": 3}])["losses"] == {"loss": 1.0}
+    assert summary["evaluation"] == {"knn": 0.5}
     assert summarise([]) == {}

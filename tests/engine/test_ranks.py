@@ -13,6 +13,9 @@ import pytest
 PROGRAM = Path(__file__).parent / "ranks_program.py"
 ALONE = ["0-fp32-1", "0-bf16-1", "2-fp32-2"]
 TOGETHER = [f"{stage}-{precision}-1" for precision in ("fp32", "bf16") for stage in range(4)] + ["2-fp32-2"]
+TOGETHER += ["1-fp32-1-recompute", "3-fp32-1-recompute", "1-fp32-1-offload", "2-bf16-1-offload", "3-fp32-1-offload"]
+SKIPPING = list(TOGETHER)
+TOGETHER += ["2-bf16-1-compile"]
 
 # Ranks sum gradients, and statistics over the batch, in another order than one rank does.  float32 rounds at 6e-8
 # relative; AdamW divides by a gradient's own size and so lets rounding through unscaled, hence a few units more after
@@ -85,7 +88,7 @@ def elsewhere(folder: Path, together: list[Report]) -> dict[str, tuple[Report, R
 
 @pytest.mark.parametrize("case", TOGETHER)
 def test_train_step__two_ranks_have_the_losses_of_one(alone: Report, together: list[Report], case: str) -> None:
-    _, precision, accumulation = case.split("-")
+    _, precision, accumulation, *_ = case.split("-")
     reference = alone[f"{'2' if accumulation == '2' else '0'}-{precision}-{accumulation}"]["losses"]
     for found, expected in zip(together[0][case]["losses"], reference, strict=True):
         for name in ("loss", "loss_class", "loss_data", "loss_reconstruction"):
@@ -131,6 +134,28 @@ def test_teachers__are_shared_out_and_updated_with_one_collective_a_group(togeth
 @pytest.mark.parametrize("case", TOGETHER)
 def test_teachers__have_no_gradients(together: list[Report], case: str) -> None:
     assert all(teacher["no_gradients"] for report in together for teacher in report[case]["teachers"].values())
+
+
+@pytest.mark.parametrize("case", SKIPPING)
+def test_train_step__a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(together: list[Report], case: str) -> None:
+    for rank, report in enumerate(together):
+        found = report[case]["skipping"]
+        assert not found["applied"] and found["kept"]  # masters, moments, teachers, module, method's state, counters
+        assert found["moved"] and found["finite"]
+        (note,) = found["notes"]
+        spoilt = rank == len(together) - 1
+        assert (note["step"], note["loss"] == "inf") == (3, spoilt)
+        assert note["keys"] == [f"key {row}" for row in note["rows"]] and len(note["rows"]) in (4, 8)
+        assert found["line"].startswith("2 steps were skipped for a loss that is not finite")
+
+
+@pytest.mark.parametrize("case", SKIPPING)
+def test_train_step__gradients_that_are_not_finite_never_reach_a_checkpoint(together: list[Report], case: str) -> None:
+    for report in together:
+        unchecked, checked = report[case]["odd_gradients"]
+        assert (checked["applied"], checked["kept"], checked["line"]) == (False, True, "")
+        assert unchecked["applied"] or unchecked["kept"]
+        assert ("are not finite after step 1" in unchecked["line"]) == unchecked["applied"]
 
 
 @pytest.mark.parametrize("case", TOGETHER)
