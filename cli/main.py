@@ -8,6 +8,7 @@ COMMANDS = {
     "shards": ("maestri.shards.cli", "convert, inspect and verify data sets"),
     "pipelines": ("maestri.pipelines.cli", "look at the views and masks a model sees"),
     "eval": ("maestri.evals.cli", "judge what was learnt: k-NN, linear, low-shot, clusters"),
+    "profile": ("maestri.profiler.cli", "where the time of training goes: what teachers cost"),
     "export": ("maestri.engine.export", "write a trained encoder for timm"),
 }
 USAGE_ERROR = 2

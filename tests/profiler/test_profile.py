@@ -1,0 +1,104 @@
+"""Faults planted into a real step on real shards are found and named."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maestri.profiler.diff_cli import read_profile
+from maestri.profiler.figures import straggler
+from maestri.profiler.findings import UNNAMED, Profile, from_json
+from maestri.shards.convert import ConvertConfig, convert
+
+PROGRAM = Path(__file__).parent / "planted_program.py"
+CONFIG = """
+steps: 1000
+data: {shards: shards, num_threads: 1}
+views: {size: 32, interpolation: linear}
+encoder: {patch: 8, dim: 64, heads: 2, depth: 3}
+batch: {global_size: 16}
+method:
+  plmae:
+    decoder: {dim: 24, depth: 1, heads: 2}
+    class_level: {head: {hidden: 32, layers: 2, bottleneck: 16, prototypes: 16}}
+    data_level: {head: {hidden: 32, layers: 2, bottleneck: 16, prototypes: 16}}
+    reconstruction: {codes: 16, head: {hidden: 32, layers: 2, bottleneck: 16, prototypes: 16}}
+engine: {device: cpu, precision: fp32, threads: 1}
+"""
+ALONE = ("healthy", "store", "decode", "augment", "sleep", "leak")
+TOGETHER = ("rank",)
+
+
+@pytest.fixture(scope="module")
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
+    folder = tmp_path_factory.mktemp("planted")
+    generator = np.random.default_rng(0)
+    for index in range(64):
+        path = folder / "images" / f"class_{index % 4}" / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+    convert(folder / "images", folder / "shards", ConvertConfig(workers=1))
+    (folder / "tiny.yaml").write_text(CONFIG)
+    for ranks, cases in ((1, ALONE), (2, TOGETHER)):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []
+        command = [sys.executable, *launcher, str(PROGRAM), ".", *cases]
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr
+    return {path.stem: read_profile(path) for path in folder.glob("*.json")}
+
+
+def medians(profile: Profile) -> dict[str, float]:
+    return {part.name: part.median for part in profile.parts}
+
+
+@pytest.mark.parametrize("case", [f"{case} 1" for case in ALONE] + [f"{case} 2" for case in TOGETHER])
+def test_profile__names_nearly_all_of_the_step(profiles: dict[str, Profile], case: str) -> None:
+    parts = {part.name: sum(part.seconds) for part in profiles[case].parts}
+    assert parts.get(UNNAMED, 0.0) < 0.05 * sum(parts.values())
+    assert {"labelling_teacher", "reconstruction_teacher", "encoder", "encoder backward", "optimizer"} <= parts.keys()
+    assert {"average of labelling_teacher", "collapse device", "data", "loss", "heads"} <= parts.keys()
+    assert case.endswith("1") or "communication" in parts
+
+
+def test_profile__healthy_run_is_limited_by_its_model(profiles: dict[str, Profile]) -> None:
+    found = profiles["healthy 1"]
+    assert found.cause == "compute" or found.verdict.startswith("Too noisy")
+    assert {"real", "resident", "cached", "cold", "crowded"} == found.modes.keys()
+    assert from_json(found.as_json()) == found
+
+
+@pytest.mark.parametrize("case", ["store", "decode", "augment"])
+def test_profile__names_the_cause_of_a_stall(profiles: dict[str, Profile], case: str) -> None:
+    found = profiles[f"{case} 1"]
+    assert found.cause == case, found.verdict
+    assert found.stall > 0.3
+    assert found.gains[0].images_per_second > 1.3 * found.images_per_second
+
+
+def test_profile__predicts_what_more_threads_give(profiles: dict[str, Profile]) -> None:
+    found = profiles["decode 1"]
+    (gain,) = (gain for gain in found.gains if gain.experiment == "data.num_threads 1 → 2")
+    assert gain.checked is not None and gain.checked > 1.3 * found.images_per_second
+    assert gain.images_per_second == pytest.approx(gain.checked, rel=0.3)  # other programs may run beside
+
+
+def test_profile__sleep_in_the_step_shows_where_it_is(profiles: dict[str, Profile]) -> None:
+    slow, healthy = medians(profiles["sleep 1"]), medians(profiles["healthy 1"])
+    assert slow["loss"] - healthy["loss"] > 0.028
+    assert max(slow, key=lambda name: slow[name] - healthy.get(name, 0.0)) == "loss"
+
+
+def test_profile__slow_rank_is_named(profiles: dict[str, Profile]) -> None:
+    slow = straggler(profiles["rank 2"])
+    assert slow is not None and slow.rank == 1
+
+
+def test_profile__leak_is_told(profiles: dict[str, Profile]) -> None:
+    assert profiles["leak 1"].growth == pytest.approx(3e6, rel=0.3)
+    assert profiles["healthy 1"].growth < 5e5
