@@ -50,6 +50,7 @@ from maestri.pipelines.batch import Batch
 from maestri.pipelines.loader import Loader
 from maestri.pipelines.reader import TooManyBadSamples
 from maestri.pipelines.show import save_views_picture
+from maestri.profiler.live import LiveProfile
 from maestri.shards.shard_set import ShardSet
 
 EXIT_FAILED = 1
@@ -140,6 +141,7 @@ def train(
     display = Display(title=title, steps=config.steps, first_step=first_step, enabled=ranks.is_main)
     stop = StopRequest(parts.control, ranks.world_size)
     spans = SpanRecorder(ranks.device)
+    live = LiveProfile(config, parts, loader)
     batches = with_picture(loader, out / "views.png" if ranks.is_main and not first_step else None)
     step, stopping, waited, report = first_step, False, 0.0, None
 
@@ -164,9 +166,10 @@ def train(
             is_logged = step == 0 or is_due(step + 1, config.logging.every) or step + 1 == config.steps
             settings = scheduled(config.optimizer, step, num_steps=config.steps, global_size=config.batch.global_size)
             set_schedules(parts.engine, settings)
-            result = train_step(
-                parts.engine, method, parts.teachers, batches, step, guard=parts.guard, monitor=is_logged
-            )
+            with live.step(step):
+                result = train_step(
+                    parts.engine, method, parts.teachers, batches, step, guard=parts.guard, monitor=is_logged
+                )
             meter.add(result.metrics, num_images=config.batch.global_size)
             step += 1
             if not result.applied:
@@ -187,6 +190,7 @@ def train(
                 if log is not None:
                     log.write("train", step, row)
                 display.update(step, row)
+                live.look()
             meter.pause()
 
             # Checkpoint.
@@ -200,6 +204,7 @@ def train(
 
         if step < config.steps:
             display.note(f"stopped on request after step {step}; the same command continues the run")
+    live.close()
     stop.drain()
     if log is not None:
         log.close()

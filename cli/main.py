@@ -9,6 +9,7 @@ COMMANDS = {
     "pipelines": ("maestri.pipelines.cli", "look at the views and masks a model sees"),
     "eval": ("maestri.evals.cli", "judge what was learnt: k-NN, linear, low-shot, clusters"),
     "profile": ("maestri.profiler.cli", "where the time of training goes: what teachers cost"),
+    "plan": ("maestri.profiler.plan_cli", "memory that a run will need, and what fits, before it is run"),
     "export": ("maestri.engine.export", "write a trained encoder for timm"),
 }
 USAGE_ERROR = 2

@@ -4,14 +4,26 @@ from typing import Any
 
 from maestri.engine.config import BatchConfig, EngineConfig, OptimizerConfig
 
+LARGEST_BUCKET = 500_000_000
+"""Elements of gradients that are reduced at once, at most: DeepSpeed's own default."""
+
 
 def deepspeed_config(
-    *, batch: BatchConfig, optimizer: OptimizerConfig, engine: EngineConfig, world_size: int, on_gpu: bool
+    *,
+    batch: BatchConfig,
+    optimizer: OptimizerConfig,
+    engine: EngineConfig,
+    num_trained: int,
+    world_size: int,
+    on_gpu: bool,
 ) -> dict[str, Any]:
     """Returns the dict for ``deepspeed.initialize``.
 
     AdamW is torch's own, fused on a GPU, so that nothing is compiled at start-up.  The learning rate is set before
     each step by the training loop, hence no scheduler here.
+
+    Args:
+        num_trained: elements of all trained parameters.
     """
     return {
         "train_batch_size": batch.global_size,
@@ -34,6 +46,8 @@ def deepspeed_config(
             "stage": engine.zero_stage,
             # Permutes parameters inside a flat partition behind DeepSpeed's own getters, which then answer wrongly.
             "round_robin_gradients": False,
+            # A buffer of so many elements is allocated however small the model is: 1 GiB of bf16 by default.
+            "reduce_bucket_size": min(LARGEST_BUCKET, num_trained),
         }
         | ({"offload_optimizer": {"device": "cpu", "pin_memory": on_gpu}} if engine.offload == "optimizer" else {}),
         "steps_per_print": 2**31 - 1,

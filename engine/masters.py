@@ -253,6 +253,12 @@ class _Sharded:
             shard_of(whole[name], like=mine, group=group) for name, mine in zip(self.names, self.local(), strict=True)
         ]
 
+    def clear_padding(self) -> None:
+        """Sets what lies behind a parameter's last element to zero; DeepSpeed leaves there what was in the memory."""
+        for parameter, piece in zip(self.parameters, self.local(), strict=True):
+            own = shape_of(parameter).numel() - dist.get_rank(self.process_group) * piece.numel()
+            piece[max(0, own) :].zero_()
+
     def _piece_sizes(self) -> list[int]:
         world = dist.get_world_size(self.process_group)
         return [-(-shape_of(parameter).numel() // world) for parameter in self.parameters]
@@ -347,6 +353,7 @@ def masters_of(engine: Any) -> list[MasterGroup]:
             found.append(sliced)
         else:
             sharded = _Sharded(name=group["name"], names=group["names"], optimizer=optimizer, parameters=parameters)
+            sharded.clear_padding()
             found.append(sharded)
     _assert_layout(engine, found, by_name)
     return found
@@ -362,8 +369,10 @@ def _assert_layout(engine: Any, groups: Sequence[MasterGroup], by_name: Mapping[
             parameter = by_name[name]
             if engine.zero_optimization_stage() == 3:
                 shard = parameter.ds_tensor.flatten()  # type: ignore[attr-defined]  # DeepSpeed adds it
-                piece = local[list(whole).index(name)][: shard.numel()]
-                assert torch.equal(piece.to(shard.dtype), shard), f"ZeRO 3 lays out {name} in another way"
+                piece = local[list(whole).index(name)]
+                own = min(shard.numel(), max(0, master.numel() - dist.get_rank(group.process_group) * piece.numel()))
+                same = torch.equal(piece[:own].to(shard.dtype), shard[:own])
+                assert same, f"ZeRO 3 lays out {name} in another way"
             else:
                 same = master.shape == parameter.shape and torch.equal(master.to(parameter.dtype), parameter.data)
                 assert same, f"ZeRO lays out {name} in another way"

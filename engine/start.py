@@ -30,9 +30,9 @@ def start_engine(
 
     check_slices(batch, ranks.world_size)
     if ranks.device.type == "cpu" and engine.precision == "bf16":
-        _use_plain_attention(method)
+        use_plain_attention(method)
     if engine.activation_checkpointing:
-        _recompute_blocks(method)
+        recompute_blocks(method)
     prepare_teachers(method, device=ranks.device, dtype=COMPUTE_DTYPES[engine.precision])
     method.state.to(ranks.device)
     wrapped, *_ = deepspeed.initialize(
@@ -42,6 +42,7 @@ def start_engine(
             batch=batch,
             optimizer=optimizer,
             engine=engine,
+            num_trained=sum(p.numel() for p in method.student.parameters() if p.requires_grad),
             world_size=ranks.world_size,
             on_gpu=ranks.device.type == "cuda",
         ),
@@ -54,7 +55,7 @@ def start_engine(
     return wrapped, Teachers(method, wrapped.module, groups), groups
 
 
-def _use_plain_attention(method: Method) -> None:
+def use_plain_attention(method: Method) -> None:
     """Makes the student's attention matrix products and a softmax, instead of PyTorch's fused kernel.
 
     On a CPU in bf16 the backward pass of that one is slow: a block of width 128 takes 1.9 times as long, forward and
@@ -66,7 +67,7 @@ def _use_plain_attention(method: Method) -> None:
             module.fused_attn = False
 
 
-def _recompute_blocks(method: Method) -> None:
+def recompute_blocks(method: Method) -> None:
     """Lets the student's encoder and decoder run their blocks again in the backward pass."""
     module: Any
     for module in method.student.modules():

@@ -5,6 +5,7 @@ working loader C.  Of what data costs, R − G, contention is C − G, fetching 
 reading, decoding and making views, of which the slowest stage sets the pace.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,8 @@ class Judgement:
     gains: list[Gain]
     """What to expect, the most first."""
     noise: float
-    """Half of what rounds' means differ by, as a share of their median; the largest of ``REAL`` and ``RESIDENT``."""
+    """Deviation of rounds' means as a share of their median, by the median of their distances from it, which one round
+    that was disturbed does not move; the larger of ``REAL``'s and ``RESIDENT``'s."""
     verdict: str
     """One sentence."""
 
@@ -93,7 +95,12 @@ def group_seconds(stages: Sequence[Stage]) -> dict[str, float]:
 
 
 def predicted_step(
-    evidence: Evidence, *, without: str = "", threads: int | None = None, scale: Mapping[str, float] | None = None
+    evidence: Evidence,
+    *,
+    without: str = "",
+    threads: int | None = None,
+    readers: int | None = None,
+    scale: Mapping[str, float] | None = None,
 ) -> float:
     """Returns the step's seconds after a change of the data path.
 
@@ -104,6 +111,7 @@ def predicted_step(
         evidence: as it is.
         without: a group of stages that is gone.
         threads: of the executor.
+        readers: threads that read.
         scale: multiples of groups' seconds.
     """
     now = group_seconds(evidence.stages)
@@ -111,12 +119,13 @@ def predicted_step(
         group: seconds * (0.0 if group == without else (scale or {}).get(group, 1.0)) for group, seconds in now.items()
     }
     measured = evidence.modes[REAL].step
+    workers = threads or evidence.num_threads, readers or evidence.read_threads
     return (
-        measured * _model(evidence, then, threads or evidence.num_threads) / _model(evidence, now, evidence.num_threads)
+        measured * _model(evidence, then, *workers) / _model(evidence, now, evidence.num_threads, evidence.read_threads)
     )
 
 
-def _model(evidence: Evidence, seconds: Mapping[str, float], threads: int) -> float:
+def _model(evidence: Evidence, seconds: Mapping[str, float], threads: int, readers: int) -> float:
     resident = evidence.modes[RESIDENT].step
     crowded = evidence.modes[CROWDED].step if CROWDED in evidence.modes else resident
     now = group_seconds(evidence.stages)
@@ -124,22 +133,23 @@ def _model(evidence: Evidence, seconds: Mapping[str, float], threads: int) -> fl
     share = sum(seconds.values()) / whole if whole else 0.0
     beside = resident + max(0.0, crowded - resident) * share
     # The loader may be slower than its slowest stage: threads wait for each other, or do what no stage counts.
-    explained = max(_paces(evidence, now, evidence.num_threads).values())
+    explained = max(_paces(evidence, now, evidence.num_threads, evidence.read_threads).values())
     friction = max(1.0, 1.0 / (evidence.loader_rate * explained)) if explained else 1.0
-    return max(beside, evidence.images * friction * max(_paces(evidence, seconds, threads).values()))
+    return max(beside, evidence.images * friction * max(_paces(evidence, seconds, threads, readers).values()))
 
 
-def _paces(evidence: Evidence, seconds: Mapping[str, float], threads: int) -> dict[str, float]:
+def _paces(evidence: Evidence, seconds: Mapping[str, float], threads: int, readers: int) -> dict[str, float]:
     """Returns seconds an image by what works side by side: the executor's threads, readers, the planning thread."""
     return {
         "pool": sum(seconds[group] for group in POOL) / min(threads, evidence.cores),
-        "store": seconds["store"] / evidence.read_threads,
+        "store": seconds["store"] / readers,
         "plan": seconds["plan"],
     }
 
 
 def _noise(times: ModeTimes) -> float:
-    return (max(times.means) - min(times.means)) / 2 / times.step
+    middle = times.step
+    return 1.4826 * statistics.median(abs(mean - middle) for mean in times.means) / middle
 
 
 def _costs(evidence: Evidence) -> dict[str, float]:
@@ -158,7 +168,7 @@ def _costs(evidence: Evidence) -> dict[str, float]:
 def _slowest_group(evidence: Evidence) -> str:
     """Returns the group of stages that sets the data path's pace."""
     seconds = group_seconds(evidence.stages)
-    pace = _paces(evidence, seconds, evidence.num_threads)
+    pace = _paces(evidence, seconds, evidence.num_threads, evidence.read_threads)
     slowest = max(pace, key=lambda name: pace[name])
     return max(POOL, key=lambda group: seconds[group]) if slowest == "pool" else slowest
 
@@ -177,12 +187,12 @@ def _gains(evidence: Evidence, costs: Mapping[str, float]) -> list[Gain]:
         after = real - costs["contention"]
         found.append(Gain(cause="contention", images_per_second=images / after, knob=_knob("contention", evidence)))
     if CACHED in evidence.modes or costs.get("store"):
-        after = min(real - costs.get("store", 0.0), predicted_step(evidence, without="store"))
+        after = max(resident, min(real - costs.get("store", 0.0), predicted_step(evidence, without="store")))
         found.append(Gain(cause="store", images_per_second=images / after, knob=_knob("store", evidence)))
     seconds = group_seconds(evidence.stages)
     for group in POOL:
         if seconds[group]:
-            after = predicted_step(evidence, without=group)
+            after = max(resident, predicted_step(evidence, without=group))
             found.append(Gain(cause=group, images_per_second=images / after, knob=_knob(group, evidence)))
     talks = evidence.parts.get(COMMUNICATION, 0.0)
     if evidence.world_size > 1 and talks:

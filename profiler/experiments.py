@@ -41,7 +41,7 @@ def _candidates(config: RunConfig, evidence: Evidence) -> list[tuple[Gain, RunCo
     views = config.views
     plain = replace(views, colour=ColourConfig(), blur=BlurConfig(), solarise=(0.0,))
     if plain != views:
-        without = predicted_step(evidence, scale={"augment": _without_colour(evidence)})
+        without = predicted_step(evidence, scale={"augment": without_colour(evidence)})
         gain = Gain(
             cause="augment",
             images_per_second=images / without,
@@ -52,7 +52,7 @@ def _candidates(config: RunConfig, evidence: Evidence) -> list[tuple[Gain, RunCo
     return found
 
 
-def _without_colour(evidence: Evidence) -> float:
+def without_colour(evidence: Evidence) -> float:
     """Returns what is left of the seconds that making views takes when they have no colour."""
     seconds = {stage.name: stage.seconds_per_image for stage in evidence.stages}
     whole = sum(seconds.get(name, 0.0) for name in ("resize", "colour", "corrupt"))

@@ -166,7 +166,7 @@ class Profile:
     gains: Sequence[Gain]
     """What to expect, the most first."""
     noise: float
-    """Relative half-width of what rounds differ by; differences below are not told apart."""
+    """Relative deviation of rounds from each other; differences below are not told apart."""
     verdict: str
     """One sentence."""
     growth: float = 0.0

@@ -88,6 +88,7 @@ class Collected:
     host_memory: dict[str, int] = field(default_factory=dict)
     ranks: list[RankSummary] = field(default_factory=list)
     growth: list[float] = field(default_factory=list)
+    remark: str = "Ended before there was enough for a verdict."
     judgement: Judgement | None = None
 
     def profile(self, *, complete: bool) -> Profile:
@@ -98,9 +99,7 @@ class Collected:
         """
         if not self.modes:
             raise ValueError("nothing was measured: it ended before the first round of steps did")
-        judgement = self.judgement or Judgement(
-            stall=0.0, cause="", gains=[], noise=0.0, verdict="Ended before there was enough for a verdict."
-        )
+        judgement = self.judgement or Judgement(stall=0.0, cause="", gains=[], noise=0.0, verdict=self.remark)
         growth = statistics.median(self.growth) if self.growth else 0.0
         by_step = [seconds_by_part(marks) for marks in self.steps]
         names = dict.fromkeys(name for parts in by_step for name in parts)

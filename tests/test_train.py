@@ -263,6 +263,25 @@ def test_train__a_rank_that_hangs_is_named(folder: Path) -> None:
     assert told[1].startswith("train.py: rank 0: another rank has ended or hangs (rank 1 in ")
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_train__profile_on_request_changes_nothing(folder: Path, ranks: int) -> None:
+    flags = ["--encoder.drop_path", "0"]
+    out = folder / f"asked_{ranks}"
+    out.mkdir()
+    (out / "profile.request").touch()
+    done = train(folder, "--out", out.name, *flags, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    (found,) = (out / "profile").iterdir()
+    assert found.name == "step_00000011" and not (out / "profile.request").exists()
+    assert {path.name for path in found.iterdir()} == {"profile.json", "profile.html", "trace.json"}
+    profile = json.loads((found / "profile.json").read_text())
+    assert {"labelling_teacher", "encoder backward", "data"} <= {part["name"] for part in profile["parts"]}
+    assert len(profile["ranks"]) == ranks and "waits for data in" in profile["verdict"]
+    if ranks == 1:
+        still = train(folder, "--out", "unasked", *flags)
+        assert still.returncode == 0 and losses_of(out) == losses_of(folder / "unasked")
+
+
 def test_train__a_folder_holds_one_run_at_a_time(folder: Path) -> None:
     (folder / "held").mkdir()
     with (folder / "held" / ".lock").open("a") as file:

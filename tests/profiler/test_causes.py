@@ -60,7 +60,7 @@ def test_judge__names_the_cause(cause: str, found: Evidence) -> None:
 
 def test_judge__says_when_it_is_too_noisy() -> None:
     judgement = judge(evidence(noise=0.3, real=200, resident=100, cached=200, crowded=105))
-    assert judgement.verdict.startswith("Too noisy for a verdict: rounds differ by ±30%")
+    assert judgement.verdict.startswith("Too noisy for a verdict: rounds differ by ±44%")
 
 
 def test_judge__communication_of_ranks() -> None:
