@@ -132,7 +132,7 @@ def train(
 
     Args:
         first_step: optimizer steps done before.
-        log: of the main process; it is closed at the end.
+        log: of the main process; it is closed at the end of a run that ends well.
         watch: is told of each step.
         notes: shown first.
     """
@@ -141,11 +141,15 @@ def train(
     display = Display(title=title, steps=config.steps, first_step=first_step, enabled=ranks.is_main)
     stop = StopRequest(parts.control, ranks.world_size)
     spans = SpanRecorder(ranks.device)
-    live = LiveProfile(config, parts, loader)
     batches = with_picture(loader, out / "views.png" if ranks.is_main and not first_step else None)
     step, stopping, waited, report = first_step, False, 0.0, None
 
-    with display, recording(spans), collected_in_step(config.engine.collect_every) as collect:
+    with (
+        display,
+        recording(spans),
+        collected_in_step(config.engine.collect_every) as collect,
+        LiveProfile(config, parts, loader) as live,
+    ):
         if first_step:
             display.note(f"continuing {out} after step {first_step}")
         for note in notes:
@@ -173,7 +177,7 @@ def train(
             meter.add(result.metrics, num_images=config.batch.global_size)
             step += 1
             if not result.applied:
-                display.note(f"step {step} is skipped: its loss is not finite; its samples: {out / 'skipped'}")
+                display.note(f"step {step} is skipped: loss or gradient is not finite; its samples: {out / 'skipped'}")
             display.advance(step)
             watch.at(step)
             with span("stop"):
@@ -204,7 +208,6 @@ def train(
 
         if step < config.steps:
             display.note(f"stopped on request after step {step}; the same command continues the run")
-    live.close()
     stop.drain()
     if log is not None:
         log.close()
@@ -239,6 +242,7 @@ def run(config: RunConfig, ranks: Ranks, watch: Watch) -> int:
         try:
             if ranks.is_main:
                 log = open_log(config, continued.step)
+                stack.callback(log.close)  # whatever ends the run
         except (OSError, RunError) as error:
             failure = error
         distributed.agree(failure)

@@ -102,16 +102,25 @@ def measured(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, int]:
         found["gradients"] = gradient_bytes(engine)
         return own_step(*arguments, **keywords)
 
+    def noting_buckets() -> None:
+        own_buckets()
+        buckets = engine.optimizer.ipg_buckets.values()
+        now = sum(buffer.nbytes for bucket in buckets for buffer in bucket.buffer)
+        found["bucket"] = max(now, found.get("bucket", 0))
+
+    if config.engine.zero_stage in (1, 2):
+        own_buckets = engine.optimizer.setup_buckets
+        engine.optimizer.setup_buckets = noting_buckets
     engine.step = noting_step
     run.step(repeated(batch))
     engine.step = own_step
-    kept = sum(size for owner, size in found.items() if owner not in ("gradients", "activations"))
-    most, largest = most_allocated(lambda: run.step(repeated(batch)))
+    kept = sum(size for owner, size in found.items() if owner not in ("gradients", "activations", "bucket"))
+    most = most_allocated(lambda: run.step(repeated(batch)))
     if config.engine.zero_stage == 3:
         found["bucket"] = sum(bucket.buffer.nbytes for bucket in engine.optimizer.ipg_buckets.values())
         found["peak"] = kept + most + int(engine.optimizer.grad_partitions_flat_buffer.nbytes)
     else:
-        found["bucket"] = largest if config.engine.zero_stage else 0
+        found.setdefault("bucket", 0)
         found["peak"] = kept + most - found["bucket"]
     engine.destroy()
     return found
@@ -129,8 +138,8 @@ def gradient_bytes(engine: Any) -> int:
     return sum(places.values())
 
 
-def most_allocated(work: Callable[[], None]) -> tuple[int, int]:
-    """Returns the most bytes that ``work`` has allocated at once, on a CPU, and those of its largest allocation."""
+def most_allocated(work: Callable[[], None]) -> int:
+    """Returns the most bytes that ``work`` has allocated at once, on a CPU."""
     gc.collect()  # the record would also hold the end of what earlier steps have made
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         work()
@@ -139,7 +148,7 @@ def most_allocated(work: Callable[[], None]) -> tuple[int, int]:
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         most = max(most, now)
-    return most, max(event.nbytes() for event in events)
+    return most
 
 
 def predicted(config: RunConfig, world_size: int) -> dict[str, int]:

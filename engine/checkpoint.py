@@ -134,5 +134,7 @@ def prune(folder: Path, *, keep: int, keep_every: int) -> None:
 def discard(run: Path) -> None:
     """Deletes a run's checkpoints and rows, to start over."""
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    for folder in ("tensorboard", "skipped", "profile"):
+        shutil.rmtree(run / folder, ignore_errors=True)
+    (run / "wandb_id").unlink(missing_ok=True)
     (run / "metrics.jsonl").unlink(missing_ok=True)

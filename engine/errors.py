@@ -37,7 +37,7 @@ class CheckpointDamaged(CheckpointError):
 
 
 class NonFiniteLoss(RunError):
-    """The loss was infinite or not a number more often than the run allows.
+    """Loss or gradient was infinite or not a number more often than the run allows.
 
     Attributes:
         step: optimizer steps done, skipped ones among them.
@@ -47,9 +47,9 @@ class NonFiniteLoss(RunError):
 
     def __init__(self, step: int, *, skipped: int, folder: Path) -> None:
         super().__init__(
-            f"{skipped} steps were skipped for a loss that is not finite, more than engine.max_skipped allows, the "
-            f"last one step {step}; their samples are listed in {folder}: lower optimizer.base_lr, set optimizer.clip "
-            "or use engine.precision fp32, and run again to continue from the last checkpoint"
+            f"{skipped} steps were skipped for a loss or gradient that is not finite, more than engine.max_skipped "
+            f"allows, the last one step {step}; their samples are listed in {folder}: lower optimizer.base_lr, set "
+            "optimizer.clip or use engine.precision fp32, and run again to continue from the last checkpoint"
         )
         self.step = step
         self.skipped = skipped

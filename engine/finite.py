@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +95,21 @@ class FiniteGuard:
             drop = drop or (self._check_gradients and not _are_gradients_finite(engine.module))
             if drop:
                 optimizer.step = lambda: None
-        engine.step()
-        if "step" in vars(optimizer):
-            del optimizer.step
+        try:
+            engine.step()
+        finally:
+            if "step" in vars(optimizer):
+                del optimizer.step
         return bool(engine.was_step_applied()) and not drop
 
     def note(self, batch: Batch, loss: Tensor, *, step: int) -> None:
         """Writes a micro-batch of a step (0-based) that is skipped into this rank's file."""
         rows = batch.rows.tolist()
         found = {"step": step + 1, "loss": str(loss.item()), "rows": rows, "keys": list(self._keys_of(rows))}
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"rank_{self._ranks.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
+        with suppress(OSError):  # the steps are counted, too; a full disk must not end the run here
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / f"rank_{self._ranks.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
 
     def count(self, step: int) -> None:
         """Counts a step (0-based) that was skipped.

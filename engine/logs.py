@@ -130,10 +130,11 @@ class RunLog:
             board.sync()
 
     def close(self) -> None:
-        """Closes files and threads."""
-        self._file.close()
-        for board in self._boards:
-            board.close()
+        """Closes files and threads; may be called again."""
+        if not self._file.closed:
+            self._file.close()
+            for board in self._boards:
+                board.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

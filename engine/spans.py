@@ -56,6 +56,11 @@ _active: SpanRecorder | None = None
 _place = ""
 
 
+def current_recorder() -> SpanRecorder | None:
+    """Returns the one that spans report to, if any."""
+    return _active
+
+
 def current_place() -> str:
     """Returns the name of the innermost span that the program is in, empty between spans."""
     return _place

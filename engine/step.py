@@ -83,7 +83,7 @@ def train_step(
             method.commit()
         else:
             method.rollback()
-            if not (finite and refused):  # its own loss, or a gradient, is not finite
+            if not (finite and refused):  # its loss is not finite on some rank, or the step's gradient is not
                 guard.note(batch, loss, step=step)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             totals[name] = totals[name] + value if name in totals else value

@@ -24,8 +24,10 @@ STORE_TIMEOUT = timedelta(seconds=20)
 """Of a word to or from rank 0's store."""
 SILENT_PERIODS = 3.0
 """A rank that has said nothing for so many periods is called silent."""
-ENDLESS = ("start", "evaluation", "checkpoint", "data", "")
-"""Places that may take longer than a collective; what waits for data has a limit of its own."""
+LONG = ("start", "evaluation", "checkpoint")
+"""Places that may take longer than a step."""
+ENDLESS = (*LONG, "data", "")
+"""Places where a rank does not end itself; what waits for data has a limit of its own."""
 GRACE = 1.2
 """Multiple of the time-out after which a rank ends itself, because its collective has not: gloo's all-gather never does
 (torch 2.15)."""
@@ -84,7 +86,8 @@ class Watch:
             except RuntimeError:  # rank 0, which keeps the store, is gone
                 pass
             stalled = time.monotonic() - self._since
-            if stalled > self._timeout / 2 and self._ranks.is_main and self._told != self._seen:
+            is_news = self._ranks.is_main and self._told != self._seen and current_place() not in LONG
+            if stalled > self._timeout / 2 and is_news:
                 self._told = self._seen
                 self._complain(f"no progress for {stalled:.0f} s: {self._summary()}")
             if stalled > GRACE * self._timeout and current_place() not in ENDLESS:

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from maestri.engine.distributed import environment_rank, leave, one_line
+from maestri.engine.distributed import environment_rank, is_lost_rank, leave, one_line
 from maestri.engine.errors import RunError
+from maestri.pipelines.ahead import LoaderStuck
+from maestri.pipelines.reader import TooManyBadSamples
 from maestri.profiler import diff_cli, profile_cli, teachers_cli
 
 EXIT_FAILED = 1
@@ -52,25 +54,40 @@ def run(argv: list[str]) -> int:
     try:
         command(rest)
     except ValueError as error:
-        code = EXIT_USAGE
-        _complain(name, one_line(error))
-    except (RunError, OSError) as error:
+        code, orderly = EXIT_USAGE, not _is_shared()
+        _complain(name, one_line(error), everywhere=_is_shared())
+    except RunError as error:
         code = EXIT_FAILED
         _complain(name, one_line(error))
+    except (OSError, TooManyBadSamples, LoaderStuck) as error:
+        code, orderly = EXIT_FAILED, not _is_shared()
+        _complain(name, one_line(error), everywhere=_is_shared())
     except torch.OutOfMemoryError as error:
         code, orderly = EXIT_FAILED, False
         _complain(name, f"the device has too little memory; lower the batch size ({one_line(error).split('. ')[0]})")
     except KeyboardInterrupt:
         code, orderly = EXIT_INTERRUPTED, False
         _complain(name, "interrupted")
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        code, orderly = EXIT_FAILED, False
+        _complain(name, "another rank has ended or hangs; see what it says", everywhere=True)
     if dist.is_initialized():  # gloo aborts some plain exits
         leave(code, orderly=orderly)
     return code
 
 
-def _complain(command: str, line: str) -> None:
-    if environment_rank() == 0:
-        print(f"maestri profile{command}: {line}", file=sys.stderr)
+def _is_shared() -> bool:
+    """Returns whether other ranks may be somewhere else, with no such error."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _complain(command: str, line: str, *, everywhere: bool = False) -> None:
+    rank = environment_rank()
+    if everywhere or rank == 0:
+        where = f"rank {rank}: " if everywhere else ""
+        print(f"maestri profile{command}: {where}{line}", file=sys.stderr)
 
 
 if __name__ == "__main__":  # torchrun --nproc-per-node N -m maestri.profiler.cli teachers CONFIG

@@ -2,9 +2,11 @@
 
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,9 +14,9 @@ import torch.distributed as dist
 
 from maestri.engine.config import RunConfig
 from maestri.engine.continuation import Parts
-from maestri.engine.distributed import mean_over_ranks
+from maestri.engine.distributed import mean_over_ranks, one_line
 from maestri.pipelines.loader import Loader
-from maestri.profiler.findings import REAL, RankSummary
+from maestri.profiler.findings import REAL, Profile, RankSummary
 from maestri.profiler.measure import TRACED_STEPS, new_collection
 from maestri.profiler.memory import bytes_by_owner, host_bytes
 from maestri.profiler.page import write_page
@@ -65,14 +67,22 @@ class LiveProfile:
         if not self._left:
             self._leave(self._timeline, step + 1)
 
-    def close(self) -> None:
+    def __enter__(self) -> "LiveProfile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         """Ends without a result what has not come to its end."""
+        self._end()
+
+    def _end(self) -> None:
         self._timeline = None
         self._stack.close()
 
     def _leave(self, timeline: Timeline, step: int) -> None:
         marks = timeline.marks()
-        self.close()
+        self._end()
         parts, ranks = self._parts, self._parts.ranks
         by_step = [seconds_by_part(of_step) for of_step in marks]
         names = dict.fromkeys(name for found in by_step for name in found)
@@ -96,11 +106,16 @@ class LiveProfile:
             f"Of a running job: it waits for data in {waited / statistics.fmean(seconds):.1%} of the step, and the "
             f"dearest part is {dearest}; maestri profile tells causes and gains."
         )
-        profile = found.profile(complete=True)
-        folder = self._out / FOLDER / f"step_{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(profile.as_json(), indent=1, ensure_ascii=False) + "\n"
-        (folder / "profile.json").write_text(text, encoding="utf-8")
-        write_page(profile, folder / "profile.html")
-        write_trace(profile, folder / "trace.json")
-        (self._out / REQUEST).unlink(missing_ok=True)
+        self._write(found.profile(complete=True), self._out / FOLDER / f"step_{step:08d}")
+
+    def _write(self, profile: Profile, folder: Path) -> None:
+        """Writes a profile's files; what goes wrong is told and ends nothing."""
+        try:
+            (self._out / REQUEST).unlink(missing_ok=True)  # first: a failure must not come again with each start
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(profile.as_json(), indent=1, ensure_ascii=False) + "\n"
+            (folder / "profile.json").write_text(text, encoding="utf-8")
+            write_page(profile, folder / "profile.html")
+            write_trace(profile, folder / "trace.json")
+        except OSError as error:
+            print(f"train.py: the profile asked for could not be written: {one_line(error)}", file=sys.stderr)

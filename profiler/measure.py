@@ -156,8 +156,7 @@ def measure_profile(
         on_step: called after each step that counts.
 
     Raises:
-        ValueError: shards or settings that training would refuse.
-        OSError: the same.
+        RunError: on every rank, for shards or settings that training would refuse on any.
     """
     found.peak = measure_peak(ranks.device, COMPUTE_DTYPES[config.engine.precision])
     with opened_trial(config, ranks, folder) as trial:
@@ -166,7 +165,8 @@ def measure_profile(
             first = number % len(plan.modes)
             for name in plan.modes[first:] + plan.modes[:first]:
                 before = used_bytes(ranks)
-                found.modes[name].append(trial.mode(name, plan.steps, on_step))
+                measured = trial.mode(name, plan.steps, on_step)  # before the list is made: it may be interrupted
+                found.modes[name].append(measured)
                 if name == RESIDENT:
                     found.growth.append((used_bytes(ranks) - before) / (plan.steps + WARM_UP))
         found.stages = stages_of(trial, steps=plan.steps)
@@ -236,11 +236,20 @@ def evidence_of(config: RunConfig, ranks: Ranks, found: Collected) -> Evidence:
         stages=found.stages,
         loader_rate=statistics.median(found.loader) / ranks.world_size,
         parts=parts,
-        cores=len(os.sched_getaffinity(0)),
+        cores=cores_of(ranks),
         num_threads=config.data.num_threads,
         read_threads=config.data.read_threads,
         on_gpu=ranks.device.type == "cuda",
     )
+
+
+def cores_of(ranks: Ranks) -> int:
+    """Returns how many cores a rank has to itself, where those of a machine share them: the same on every rank."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = torch.tensor([max(1, len(os.sched_getaffinity(0)) // local_ranks)], device=ranks.device)
+    if ranks.world_size > 1:
+        dist.all_reduce(cores, op=dist.ReduceOp.MIN)
+    return int(cores.item())
 
 
 def median_step(steps: list[list[Mark]]) -> list[Mark]:

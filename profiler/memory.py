@@ -72,8 +72,10 @@ def step_bytes(
     with saved_bytes(known) as saved:
         step(repeated(batch))
     itemsize = next(iter(parts.engine.module.parameters())).element_size()
-    trained = sum(shape_of(parameter).numel() for group in parts.masters for parameter in group.parameters)
-    found |= {"gradients": trained * itemsize, "activations": saved.bytes}
+    whole = sum(shape_of(parameter).numel() for group in parts.masters for parameter in group.parameters)
+    own = sum(group.share_size for group in parts.masters)
+    kept_gradients = own if parts.engine.zero_optimization_stage() >= 2 else whole
+    found |= {"gradients": kept_gradients * itemsize, "activations": saved.bytes}
     found["batch"] = sum(tensor.nbytes for tensor in batch.views.values())
     peaks: dict[str, int] = {}
     if parts.ranks.device.type == "cuda":

@@ -1,7 +1,7 @@
 """Which part of the step runs: module calls, their backward passes, chosen calls, and the step's spans."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
-from maestri.engine.spans import SpanRecorder, recording
+from maestri.engine.spans import SpanRecorder, current_recorder, recording
 from maestri.model.method import Method
 from maestri.profiler.findings import UNNAMED
 
@@ -126,16 +126,17 @@ class PartFollower:
 
 
 class _SpanNames(SpanRecorder):
-    """Lets a counter follow the spans of a step."""
+    """Lets a follower see the spans of a step, which are recorded as before."""
 
     def __init__(self, named: Callable[[str], Any]) -> None:
         super().__init__(torch.device("cpu"))
         self._named = named
+        self._outer = current_recorder()
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Names its block."""
-        with self._named(name):
+        with self._named(name), self._outer.measure(name) if self._outer else nullcontext():
             yield
 
 

@@ -16,8 +16,10 @@ from maestri.model.codebook import Codebook
 from maestri.profiler.findings import UNNAMED, Mark
 from maestri.profiler.parts import PartFollower, parts_of
 
-COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "broadcast", "barrier")
-"""Of ``torch.distributed``, through which DeepSpeed's pass, too."""
+COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce", "reduce_scatter_tensor", "broadcast")
+"""Of ``torch.distributed``."""
+DEEPSPEED_COLLECTIVES = ("all_gather_function", "reduce_scatter_function")
+"""Of DeepSpeed's, which keeps torch's functions from its start."""
 COMMUNICATION = "communication"
 COLLAPSE_DEVICE = "collapse device"
 """What makes labels of scores: Sinkhorn, centring, a codebook."""
@@ -39,26 +41,37 @@ class Timeline(PartFollower):
         self._on_gpu = device.type == "cuda"
         self._steps: list[list[tuple[str, Any]]] = []
         self._open: list[tuple[str, Any]] = []
+        self._is_open = False
+        self._stream: Any = None
 
     def __enter__(self) -> Self:
         """Starts following; collectives are a part, too."""
         super().__enter__()
+        self._stream = torch.cuda.current_stream() if self._on_gpu else None
         for name in COLLECTIVES:
             self.follow_call(dist, name, COMMUNICATION)
+        from deepspeed import comm  # type: ignore[import-untyped]
+
+        for name in DEEPSPEED_COLLECTIVES if comm.comm.cdb is not None else ():
+            self.follow_call(comm.comm.cdb, name, COMMUNICATION)
         return self
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Makes its block a step."""
-        self._open = [(UNNAMED, self._now())]
-        yield
-        self.settle(UNNAMED)
-        self.forget()
-        self._steps.append(self._open)
+        self._open, self._is_open = [(UNNAMED, self._now())], True
+        try:
+            yield
+            self.settle(UNNAMED)
+            self._steps.append(self._open)
+        finally:
+            self._is_open = False
+            self.forget()
 
     def settle(self, part: str) -> None:
-        """Notes that ``part`` ran until now."""
-        self._open.append((part, self._now()))
+        """Notes that ``part`` ran until now; what is between steps does not count."""
+        if self._is_open:
+            self._open.append((part, self._now()))
 
     def marks(self) -> list[list[Mark]]:
         """Returns the stretches of each step, in their order; waits for a GPU."""
@@ -81,7 +94,7 @@ class Timeline(PartFollower):
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(self._stream)  # of the step, whatever stream a part works on meanwhile
         return event
 
     def _since(self, start: Any, when: Any) -> float:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from maestri.engine.build import build_loader, build_parts
 from maestri.engine.config import RunConfig
 from maestri.engine.continuation import Parts
-from maestri.engine.distributed import Ranks, wait_for_all
+from maestri.engine.distributed import Ranks, agree, wait_for_all
 from maestri.engine.schedules import scheduled
 from maestri.engine.step import set_schedules, train_step
 from maestri.model.build import build_method
@@ -42,7 +42,9 @@ class Trial:
         self.ranks = parts.ranks
         self.resident = next(loader)
         self._step = 0
-        self._position = loader.state_dict()["position"]
+        # What other modes read again and again, and, ahead of it, what only the real mode reads: once.
+        self._position: int = loader.state_dict()["position"]
+        self._fresh = self._position
 
     @property
     def ahead(self) -> int:
@@ -68,11 +70,16 @@ class Trial:
             self._pass_over(span)
         elif name == COLD:
             drop_from_page_cache(self.shard_set)
-        self._go_to(self._position)
-        if name == REAL:
-            self._position += span * self.config.batch.micro_size
+        self._go_to(self._fresh_position(span) if name == REAL else self._position)
         # What was made ahead, while other modes ran, would hide the loader's own pace.
         return self._timed(self.loader, steps, on_step, warm_up=WARM_UP + self.ahead // self.config.batch.accumulation)
+
+    def _fresh_position(self, span: int) -> int:
+        """Returns where so many micro-batches begin that no mode has read; a small set comes round again."""
+        size = self.config.batch.micro_size
+        begin: int = max(self._fresh, self._position + span * size)
+        self._fresh = begin + span * size
+        return begin
 
     def loader_alone(self, steps: int) -> float:
         """Returns images per second of the loader when nothing else runs, over all ranks; every rank calls it."""
@@ -126,10 +133,16 @@ class Trial:
         """Yields the resident batch again and again, while a thread takes as many batches from the loader."""
         self._go_to(self._position)
         asked, ended = threading.Semaphore(0), threading.Event()
+        failures: list[Exception] = []
 
         def take() -> None:
-            while asked.acquire() and not ended.is_set():
-                next(self.loader)
+            try:
+                # On a GPU, a stream of its own: the model's must not wait for batches that it does not use.
+                with torch.cuda.stream(self._side_stream()) if self._on_gpu else nullcontext():
+                    while asked.acquire() and not ended.is_set():
+                        next(self.loader)
+            except Exception as error:  # told where the step can fail
+                failures.append(error)
 
         def batches() -> Iterator[Batch]:
             while True:
@@ -144,6 +157,8 @@ class Trial:
             ended.set()
             asked.release()
             thread.join()
+        if failures:
+            raise failures[0]
 
     def _pass_over(self, micro_batches: int) -> None:
         for _ in range(micro_batches):
@@ -151,6 +166,13 @@ class Trial:
 
     def _go_to(self, position: int) -> None:
         self.loader.load_state_dict({**self.loader.state_dict(), "position": position})
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.ranks.device.type == "cuda"
+
+    def _side_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.ranks.device)  # type: ignore[no-untyped-call]
 
     def _synchronise(self) -> None:
         if self.ranks.device.type == "cuda":
@@ -177,16 +199,20 @@ def opened_trial(config: RunConfig, ranks: Ranks, folder: Path) -> Iterator[Tria
         folder: for what a run would leave.
 
     Raises:
-        ValueError: shards or settings that training would refuse.
-        OSError: the same.
+        RunError: on every rank, for shards or settings that training would refuse on any.
     """
     config = replace(config, out=str(folder))
     with ExitStack() as stack:
-        shard_set = stack.enter_context(ShardSet.open(config.data.shards))
-        loader = stack.enter_context(build_loader(config, shard_set, ranks))
-        method = build_method(
-            config.method, config.encoder, image_size=config.views.size, num_steps=config.steps, seed=config.seed
-        )
+        failure = None
+        try:
+            shard_set = stack.enter_context(ShardSet.open(config.data.shards))
+            loader = stack.enter_context(build_loader(config, shard_set, ranks))
+            method = build_method(
+                config.method, config.encoder, image_size=config.views.size, num_steps=config.steps, seed=config.seed
+            )
+        except (ValueError, OSError) as error:
+            failure = error
+        agree(failure)
         parts = build_parts(config, method, shard_set, loader, ranks)
         stack.callback(parts.engine.destroy)
         yield Trial(config, parts, shard_set, loader)

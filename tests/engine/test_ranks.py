@@ -146,7 +146,7 @@ def test_train_step__a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(tog
         spoilt = rank == len(together) - 1
         assert (note["step"], note["loss"] == "inf") == (3, spoilt)
         assert note["keys"] == [f"key {row}" for row in note["rows"]] and len(note["rows"]) in (4, 8)
-        assert found["line"].startswith("2 steps were skipped for a loss that is not finite")
+        assert found["line"].startswith("2 steps were skipped for a loss or gradient that is not finite")
 
 
 @pytest.mark.parametrize("case", SKIPPING)

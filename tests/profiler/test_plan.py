@@ -126,7 +126,7 @@ def test_plan__the_largest_batch_fits_and_a_larger_one_does_not(recipe: Path) ->
         size = stage.largest_batch
         assert forecast.stage_plan(stage.stage, size, allowance).total <= limit
         assert forecast.stage_plan(stage.stage, size + size // 40 + 2, allowance).total > limit
-    assert found.stages[0].largest_batch > found.stages[1].largest_batch > 8, "ZeRO 3 has a bucket of 0.93 GiB"
+    assert min(stage.largest_batch for stage in found.stages) > 8
     small = make_plan(config, world_size=2, stages=(1,), limit=1 << 20, allowance=allowance)
     assert small.stages[0].largest_batch == 0 and "not even one" not in small.verdict()
     assert small.verdict().startswith("No stage asked for holds even one image")

@@ -66,10 +66,9 @@ def test_profile__names_nearly_all_of_the_step(profiles: dict[str, Profile], cas
     assert case.endswith("1") or "communication" in parts
 
 
-def test_profile__healthy_run_is_limited_by_its_model(profiles: dict[str, Profile]) -> None:
+def test_profile__healthy_run_has_all_modes_and_no_large_stall(profiles: dict[str, Profile]) -> None:
     found = profiles["healthy 1"]
-    # Programs beside it take cores away, which the loader then lacks: contention, or too noisy.
-    assert found.cause in ("compute", "contention") or found.verdict.startswith("Too noisy")
+    assert found.stall < 0.35  # other programs may take cores away; planted faults reach 0.5 and more
     assert {"real", "resident", "cached", "cold", "crowded"} == found.modes.keys()
     assert from_json(found.as_json()) == found
 
