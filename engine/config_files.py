@@ -14,7 +14,7 @@ from typing import TypeVar, get_type_hints
 import tyro
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from maestri.engine.config import RunConfig, as_plain
 from maestri.shards.files import write_atomically

@@ -163,7 +163,7 @@ def _agreeing(parts: Parts, final: Path) -> Iterator[None]:
 
 def _gather_untrained(engine: Any, *, wanted: bool) -> dict[str, Tensor]:
     """Returns the student's frozen parameters and its buffers on the CPU, floats as float32; every rank calls it."""
-    import deepspeed  # type: ignore[import-untyped]
+    import deepspeed
 
     frozen = {name: parameter for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
     partitioned = [parameter for parameter in frozen.values() if hasattr(parameter, "ds_tensor")]

@@ -91,7 +91,7 @@ def start(device: torch.device, *, timeout_minutes: float, verbose: bool = False
     """
     if not verbose:
         quiet_libraries()
-    import deepspeed  # type: ignore[import-untyped]
+    import deepspeed
 
     if not verbose:
         _raise_log_levels()  # again: DeepSpeed sets the level of its logger when it is imported

@@ -49,7 +49,7 @@ class FiniteGuard:
         self._on_gpu = ranks.device.type == "cuda"
         self._flag = torch.zeros(1, pin_memory=self._on_gpu)
         self._ready: Any = None
-        self._stream = _side_stream(ranks.device) if self._on_gpu else None
+        self._stream = torch.cuda.Stream(ranks.device) if self._on_gpu else None
 
     def watch(self, loss: Tensor) -> Tensor:
         """Starts to agree on ``loss``, and returns what backward is to be called with; every rank must call it.
@@ -125,7 +125,3 @@ class FiniteGuard:
 def _are_gradients_finite(module: nn.Module) -> bool:
     found = [parameter.grad.isfinite().all() for parameter in module.parameters() if parameter.grad is not None]
     return bool(torch.stack(found).all())
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

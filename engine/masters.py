@@ -204,7 +204,7 @@ class _Sharded:
     parameters: Sequence[nn.Parameter]
 
     def local(self) -> list[Tensor]:
-        from deepspeed.utils import safe_get_local_fp32_param  # type: ignore[import-untyped]
+        from deepspeed.utils import safe_get_local_fp32_param
 
         return [safe_get_local_fp32_param(parameter).detach() for parameter in self.parameters]
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 PAUSE = 0.05
 """Seconds between two looks."""
@@ -22,10 +23,10 @@ def join(backend: str, timeout: timedelta) -> None:
     Raises:
         ConnectionError: not all ranks came in time.
     """
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     if world_size > 1:
         name = agreed_name(store, rank=rank, world_size=world_size, timeout=timeout)
-        store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]  # torch does not list it
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 

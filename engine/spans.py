@@ -27,13 +27,13 @@ class SpanRecorder:
                 self._seconds[name] += time.perf_counter() - begin
             return
         first, last = _event(), _event()
-        torch.cuda.nvtx.range_push(name)  # type: ignore[no-untyped-call]
+        torch.cuda.nvtx.range_push(name)
         first.record()
         try:
             yield
         finally:
             last.record()
-            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+            torch.cuda.nvtx.range_pop()
             self._events.append((name, first, last))
 
     def take(self) -> dict[str, float]:
@@ -49,7 +49,7 @@ class SpanRecorder:
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)
 
 
 _active: SpanRecorder | None = None

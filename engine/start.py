@@ -26,7 +26,7 @@ def start_engine(
     Raises:
         ValueError: ranks would get different numbers of images.
     """
-    import deepspeed  # type: ignore[import-untyped]
+    import deepspeed
 
     check_slices(batch, ranks.world_size)
     if ranks.device.type == "cpu" and engine.precision == "bf16":

@@ -10,15 +10,15 @@ from typing import ClassVar
 import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
-from sklearn.cluster import KMeans  # type: ignore[import-untyped]
-from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
-from sklearn.metrics import (  # type: ignore[import-untyped]
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import (
     adjusted_mutual_info_score,
     adjusted_rand_score,
     normalized_mutual_info_score,
 )
-from sklearn.metrics.cluster import contingency_matrix  # type: ignore[import-untyped]
+from sklearn.metrics.cluster import contingency_matrix
 
 from maestri.evals.protocol import Accuracies, AccuracyReport, FeatureSets, LabelledFeatures, Setting
 from maestri.evals.sharing import shared_out

@@ -110,7 +110,7 @@ def train_probes(
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             loss = (losses.view(len(rows), -1).mean(dim=0) * weights).sum()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's
+            loss.backward()  # torch's
             optimizer.step()
             cosine.step()
     return probes

@@ -131,7 +131,7 @@ class Ahead(Generic[T]):
         items: Iterator[T] = iter(())
         try:
             if on_gpu:
-                stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+                stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(stream) if on_gpu else nullcontext():
                 items = self._make()
                 while True:

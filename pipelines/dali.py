@@ -216,7 +216,7 @@ class DaliExecutor:
         """Keeps a GPU batch's DALI memory until the copy out of it, queued on torch's stream, is done."""
         if self._device.type == "cpu":
             return
-        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done: Any = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self._device))
         self._in_use.append((done, outputs))
         while self._in_use and (len(self._in_use) > 4 or self._in_use[0][0].query()):

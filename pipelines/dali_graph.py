@@ -23,7 +23,7 @@ _REGION_TYPES: list[Any] = [DALIDataType.FLOAT, DALIDataType.FLOAT]
 _COLOUR_TYPES: list[Any] = [DALIDataType.FLOAT] * 4
 _BLUR_TYPES: list[Any] = [DALIDataType.BOOL, DALIDataType.FLOAT, DALIDataType.INT32]
 _SOLARISE_TYPES: list[Any] = [DALIDataType.BOOL]
-_ALL_BITS: Any = Constant(255, dtype=DALIDataType.UINT8)  # type: ignore[no-untyped-call]
+_ALL_BITS: Any = Constant(255, dtype=DALIDataType.UINT8)
 _DECODING: dict[str, Any] = {
     "output_type": DALIImageType.RGB,
     "adjust_orientation": False,  # windows, width and height are those of the stored image

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
-import simplejpeg  # type: ignore[import-untyped]
+import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image

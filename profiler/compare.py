@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from scipy.stats import false_discovery_control, mannwhitneyu, ttest_ind  # type: ignore[import-untyped]
+from scipy.stats import false_discovery_control, mannwhitneyu, ttest_ind
 
 from maestri.profiler import figures
 from maestri.profiler.findings import REAL, RESIDENT, Profile

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from maestri.model.method import Method
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):
     """Follows, inside its block, the bytes of all storages that a step makes, from their making to their end."""
 
     def __init__(self, method: Method, *, divided_above: int) -> None:
@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             method: whose step it will be; what it holds already does not count.
             divided_above: elements of the largest parameter that ZeRO 3 leaves whole.
         """
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's base class has no annotations
         self.peak = 0
         """Most bytes at once since it was last taken, without gradients of parameters."""
         self.peak_with_gradients = 0
@@ -49,12 +49,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> "LiveBytes":
         for parameter in self._parameters:
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._book))  # type: ignore[no-untyped-call]
-        super().__enter__()  # type: ignore[no-untyped-call]
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._book))
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's base class has no annotations
         return self
 
     def __exit__(self, *problem: Any) -> None:
-        super().__exit__(*problem)  # type: ignore[no-untyped-call]
+        super().__exit__(*problem)  # type: ignore[no-untyped-call]  # torch's base class has no annotations
         for hook in self._hooks:
             hook.remove()
 

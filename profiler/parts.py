@@ -1,5 +1,6 @@
 """Which part of the step runs: module calls, their backward passes, chosen calls, and the step's spans."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
@@ -18,7 +19,7 @@ BACKWARD = " backward"
 """Behind a part's name: its backward pass."""
 
 
-class PartFollower:
+class PartFollower(ABC):
     """Follows, inside its block, which part runs; subclasses book on it what they measure.
 
     A part is a module's calls, or a span of the step outside of those.  Of two, one inside the other, the inner one
@@ -33,9 +34,9 @@ class PartFollower:
         self._marked: dict[Node, str] = {}
         self._stack = ExitStack()
 
+    @abstractmethod
     def settle(self, part: str) -> None:
         """Books on ``part``, which ran, what was measured since the last call."""
-        raise NotImplementedError
 
     def enter_context(self, context: Any) -> None:
         """Enters a context that ends with the block."""

@@ -96,7 +96,7 @@ def step_needs(config: RunConfig, method: Method, *, images: int, world_size: in
             outputs = method.student(batch)
             loss = method.loss(outputs, targets, 0)[0]
         forward_peak = memory.take_peak()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     method.student.zero_grad()
     method.rollback()
     return StepNeeds(
@@ -121,7 +121,7 @@ def step_flops(config: RunConfig, method: Method, *, images: int, world_size: in
         with span("loss"):
             loss = method.loss(outputs, targets, 0)[0]
         with span("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     method.student.zero_grad()
     method.rollback()
     return counter.by_part

@@ -50,7 +50,7 @@ class Timeline(PartFollower):
         self._stream = torch.cuda.current_stream() if self._on_gpu else None
         for name in COLLECTIVES:
             self.follow_call(dist, name, COMMUNICATION)
-        from deepspeed import comm  # type: ignore[import-untyped]
+        from deepspeed import comm
 
         for name in DEEPSPEED_COLLECTIVES if comm.comm.cdb is not None else ():
             self.follow_call(comm.comm.cdb, name, COMMUNICATION)
@@ -93,7 +93,7 @@ class Timeline(PartFollower):
     def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)  # of the step, whatever stream a part works on meanwhile
         return event
 

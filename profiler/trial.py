@@ -138,7 +138,7 @@ class Trial:
         def take() -> None:
             try:
                 # On a GPU, a stream of its own: the model's must not wait for batches that it does not use.
-                with torch.cuda.stream(self._side_stream()) if self._on_gpu else nullcontext():
+                with torch.cuda.stream(torch.cuda.Stream(self.ranks.device)) if self._on_gpu else nullcontext():
                     while asked.acquire() and not ended.is_set():
                         next(self.loader)
             except Exception as error:  # told where the step can fail
@@ -170,9 +170,6 @@ class Trial:
     @property
     def _on_gpu(self) -> bool:
         return self.ranks.device.type == "cuda"
-
-    def _side_stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self.ranks.device)  # type: ignore[no-untyped-call]
 
     def _synchronise(self) -> None:
         if self.ranks.device.type == "cuda":

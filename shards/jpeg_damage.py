@@ -22,7 +22,7 @@ single flipped bits do.
 
 import re
 
-import simplejpeg  # type: ignore[import-untyped]
+import simplejpeg
 
 from maestri.shards.jpeg import JpegHeader
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import simplejpeg  # type: ignore[import-untyped]
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 

@@ -11,7 +11,7 @@ _has_torch = "torch" in sys.modules
 if not _has_torch:
     sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it raises ModuleNotFoundError
 try:
-    import webdataset  # type: ignore[import-untyped]
+    import webdataset
 finally:
     if not _has_torch:
         del sys.modules["torch"]

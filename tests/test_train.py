@@ -14,13 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small_run import write_shards
 
 from maestri.engine.checkpoint import load_weights
-from maestri.shards.convert import ConvertConfig, convert
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train.py"
 CONFIG = """
@@ -49,12 +47,7 @@ ENVIRONMENT |= {"OMP_NUM_THREADS": "1"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with shards of noise, the configuration and one undisturbed run, ``whole``."""
     folder = tmp_path_factory.mktemp("train")
-    generator = np.random.default_rng(0)
-    for index in range(64):
-        path = folder / "images" / f"class_{index % 4}" / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
-    convert(folder / "images", folder / "shards", ConvertConfig(workers=1))
+    write_shards(folder)
     (folder / "tiny.yaml").write_text(CONFIG)
     done = train(folder, "--out", "whole", "--logging.tensorboard", "True")
     assert done.returncode == 0, done.stderr

@@ -50,13 +50,18 @@ PATIENCE = 240.0
 
 def write_inputs(folder: Path) -> None:
     """Writes shards of noise and a recipe that trains on them."""
+    write_shards(folder)
+    (folder / RECIPE).write_text(SETTINGS, encoding="utf-8")
+
+
+def write_shards(folder: Path) -> None:
+    """Writes 64 small images of noise, in four classes, and packs them into ``shards``."""
     generator = np.random.default_rng(0)
     for index in range(64):
         path = folder / "images" / f"class_{index % 4}" / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
     convert(folder / "images", folder / "shards", ConvertConfig(workers=1))
-    (folder / RECIPE).write_text(SETTINGS, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------- processes

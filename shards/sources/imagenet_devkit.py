@@ -96,7 +96,7 @@ def _table(path: Path, text: str, wnids: Mapping[int, str]) -> dict[str, tuple[s
 
 def _wnids(path: Path, data: bytes) -> dict[int, str]:
     """Returns the identifiers of the classes that have images, by ``ILSVRC2012_ID``."""
-    from scipy.io import loadmat  # type: ignore[import-untyped]  # slow to import, and only this needs it
+    from scipy.io import loadmat  # slow to import, and only this needs it
 
     try:
         synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]

@@ -371,7 +371,7 @@ def _places_of(spool: Path) -> Path:
 
 def _pyarrow() -> ModuleType:
     try:
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow.parquet
     except ImportError:
         raise ShardError("parquet needs pyarrow: pip install 'maestri[parquet]'") from None
     module: ModuleType = pyarrow.parquet

@@ -126,7 +126,7 @@ def _class_names(feature: Any, path: Path) -> tuple[str, ...]:
 
 
 def _is_binary(kind: Any) -> bool:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
     types = pyarrow.types
     return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))

@@ -5,14 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from small_run import write_shards
 
 from maestri.profiler.diff_cli import read_profile
 from maestri.profiler.figures import straggler
 from maestri.profiler.findings import UNNAMED, Profile, from_json
-from maestri.shards.convert import ConvertConfig, convert
 
 PROGRAM = Path(__file__).parent / "planted_program.py"
 CONFIG = """
@@ -36,12 +34,7 @@ TOGETHER = ("rank",)
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
     folder = tmp_path_factory.mktemp("planted")
-    generator = np.random.default_rng(0)
-    for index in range(64):
-        path = folder / "images" / f"class_{index % 4}" / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
-    convert(folder / "images", folder / "shards", ConvertConfig(workers=1))
+    write_shards(folder)
     (folder / "tiny.yaml").write_text(CONFIG)
     for ranks, cases in ((1, ALONE), (2, TOGETHER)):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []
