@@ -95,7 +95,7 @@ class Trial:
 
     def traced(self, timeline: Timeline, steps: int, on_step: Callable[[], None]) -> None:
         """Makes steps of the real run inside an entered timeline, after some that it does not see."""
-        self._go_to(self._position)
+        self._go_to(self._fresh_position((WARM_UP + self.ahead + steps) * self.config.batch.accumulation))
         for _ in range(WARM_UP):
             self.step(self.loader)
         for _ in range(steps):
@@ -172,7 +172,7 @@ class Trial:
         return self.ranks.device.type == "cuda"
 
     def _synchronise(self) -> None:
-        if self.ranks.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize(self.ranks.device)
 
 

@@ -27,6 +27,5 @@ if [ -n "${ADDRESS:-}" ]; then
     [ "$ADDRESS" != "$FIRST" ] || is_host=1
     meeting+=(--local-addr "$ADDRESS" --rdzv-conf "is_host=$is_host")
 fi
-
 exec torchrun --nnodes "${NODES:?is not given}" --nproc-per-node "${GPUS:?is not given}" --max-restarts "${RESTARTS:-3}" "${meeting[@]}" \
     "$top/train.py" "$@"
