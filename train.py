@@ -51,6 +51,7 @@ from maestri.pipelines.loader import Loader
 from maestri.pipelines.reader import TooManyBadSamples
 from maestri.pipelines.show import save_views_picture
 from maestri.profiler.live import LiveProfile
+from maestri.profiler.utilisation import Utilisation, flops_per_image
 from maestri.shards.shard_set import ShardSet
 
 EXIT_FAILED = 1
@@ -126,6 +127,7 @@ def train(
     *,
     log: RunLog | None,
     watch: Watch,
+    flops: float,
     notes: Sequence[str],
 ) -> bool:
     """Trains to the end or until asked to stop; returns whether the run is complete.
@@ -134,6 +136,7 @@ def train(
         first_step: optimizer steps done before.
         log: of the main process; it is closed at the end of a run that ends well.
         watch: is told of each step.
+        flops: of an image.
         notes: shown first.
     """
     out, ranks, meter, method = Path(config.out), parts.ranks, parts.meter, parts.method
@@ -143,6 +146,7 @@ def train(
     spans = SpanRecorder(ranks.device)
     batches = with_picture(loader, out / "views.png" if ranks.is_main and not first_step else None)
     step, stopping, waited, report = first_step, False, 0.0, None
+    utilisation = Utilisation(config, ranks, flops)
 
     with (
         display,
@@ -189,7 +193,7 @@ def train(
                 row = meter.take(wait_seconds=loader.wait_seconds - waited, bad_samples=loader.num_bad)
                 waited = loader.wait_seconds
                 row |= {"learning_rate": settings.learning_rate, **teacher_momenta(method, step - 1)}
-                row |= {"skipped_steps": parts.guard.skipped}
+                row |= {"skipped_steps": parts.guard.skipped, **utilisation.row(row["images_per_second"])}
                 row |= {f"seconds/{name}": seconds for name, seconds in spans.take().items()}
                 if log is not None:
                     log.write("train", step, row)
@@ -219,8 +223,8 @@ def train(
 # ------------------------------------------------------------------------------------------------------- the run
 
 
-def run(config: RunConfig, ranks: Ranks, watch: Watch) -> int:
-    """Builds everything, trains, and returns the exit code."""
+def run(config: RunConfig, ranks: Ranks, watch: Watch, flops: float) -> int:
+    """Builds everything, trains, and returns the exit code; ``flops`` are those of an image."""
     with ExitStack() as stack:
         failure = None
         try:
@@ -247,7 +251,7 @@ def run(config: RunConfig, ranks: Ranks, watch: Watch) -> int:
             failure = error
         distributed.agree(failure)
         notes = [note] * bool(note) + list(continued.notes)
-        complete = train(config, parts, loader, continued.step, log=log, watch=watch, notes=notes)
+        complete = train(config, parts, loader, continued.step, log=log, watch=watch, flops=flops, notes=notes)
         parts.engine.destroy()  # its hooks would keep a stage's memory during the next
     return 0 if complete else EXIT_STOPPED
 
@@ -255,26 +259,27 @@ def run(config: RunConfig, ranks: Ranks, watch: Watch) -> int:
 def run_stages(configs: Sequence[RunConfig], device: torch.device) -> int:
     """Joins the other ranks and trains all configurations; returns the exit code."""
     first = configs[0]
+    flops = [flops_per_image(config) for config in configs]
     ranks = distributed.start(device, timeout_minutes=first.engine.timeout_minutes, verbose=first.logging.verbose)
     with Watch(ranks, timeout_seconds=60 * first.engine.timeout_minutes) as watch:
         try:
-            return run_each(configs, ranks, watch)
+            return run_each(configs, ranks, watch, flops)
         except RuntimeError as error:
             if not distributed.is_lost_rank(error):
                 raise
             raise LostRank(watch.lost()) from error
 
 
-def run_each(configs: Sequence[RunConfig], ranks: Ranks, watch: Watch) -> int:
+def run_each(configs: Sequence[RunConfig], ranks: Ranks, watch: Watch, flops: Sequence[float]) -> int:
     """Trains one configuration after the other, until one stops; returns the exit code."""
-    for config in configs:
+    for config, of_image in zip(configs, flops, strict=True):
         if len(configs) > 1 and config.resume == "auto" and checkpoint.is_complete(Path(config.out), config.steps):
             if ranks.is_main:
                 print(f"{config.out} is complete", flush=True)
             continue
         if config.engine.threads:
             torch.set_num_threads(config.engine.threads)
-        code = run(config, ranks, watch)
+        code = run(config, ranks, watch, of_image)
         if code:
             return code
         gc.collect()  # an engine holds itself in cycles

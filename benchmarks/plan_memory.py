@@ -88,7 +88,7 @@ def measured(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, int]:
     batch = resident_batch(config.views, patch=config.encoder.patch, seed=0, positions=positions, device=ranks.device)
     for _ in range(WARM_UP):
         run.step(repeated(batch))
-    found, _ = step_bytes(run.parts, batch, run.step)
+    found = step_bytes(run.parts, batch, run.step)
     engine = run.parts.engine
     if config.engine.zero_stage == 0:  # of which the masters' interface shows this rank's share alone
         states = engine.basic_optimizer.state.values()

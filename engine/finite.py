@@ -95,6 +95,9 @@ class FiniteGuard:
             drop = drop or (self._check_gradients and not _are_gradients_finite(engine.module))
             if drop:
                 optimizer.step = lambda: None
+        elif not self._check_gradients and hasattr(optimizer, "overflow_checker"):
+            # ZeRO 0 in bf16 would ask every parameter's gradient, and wait for a GPU each time.
+            optimizer.overflow_checker.check = lambda: drop
         try:
             engine.step()
         finally:

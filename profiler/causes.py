@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from maestri.profiler.findings import CACHED, CROWDED, REAL, RESIDENT, Gain, ModeTimes, Stage
+from maestri.profiler.findings import CACHED, CROWDED, REAL, RESIDENT, UNNAMED, Gain, ModeTimes, Stage
 from maestri.profiler.timeline import COMMUNICATION
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -125,6 +125,12 @@ def predicted_step(
     )
 
 
+def clamped(evidence: Evidence, step: float) -> float:
+    """Returns a predicted step, not longer than it is now, and not shorter than with data for free."""
+    real, resident = (evidence.modes[name].step for name in (REAL, RESIDENT))
+    return max(min(resident, real), min(real, step))
+
+
 def _model(evidence: Evidence, seconds: Mapping[str, float], threads: int, readers: int) -> float:
     resident = evidence.modes[RESIDENT].step
     crowded = evidence.modes[CROWDED].step if CROWDED in evidence.modes else resident
@@ -184,15 +190,16 @@ def _gains(evidence: Evidence, costs: Mapping[str, float]) -> list[Gain]:
     images = evidence.images * evidence.world_size
     found = [Gain(cause="data", images_per_second=images / resident, knob="everything below about data")]
     if costs.get("contention"):
-        after = real - costs["contention"]
+        after = max(resident, real - costs["contention"])
         found.append(Gain(cause="contention", images_per_second=images / after, knob=_knob("contention", evidence)))
     if CACHED in evidence.modes or costs.get("store"):
-        after = max(resident, min(real - costs.get("store", 0.0), predicted_step(evidence, without="store")))
+        without = min(real - costs.get("store", 0.0), predicted_step(evidence, without="store"))
+        after = clamped(evidence, without)
         found.append(Gain(cause="store", images_per_second=images / after, knob=_knob("store", evidence)))
     seconds = group_seconds(evidence.stages)
     for group in POOL:
         if seconds[group]:
-            after = max(resident, predicted_step(evidence, without=group))
+            after = clamped(evidence, predicted_step(evidence, without=group))
             found.append(Gain(cause=group, images_per_second=images / after, knob=_knob(group, evidence)))
     talks = evidence.parts.get(COMMUNICATION, 0.0)
     if evidence.world_size > 1 and talks:
@@ -215,15 +222,16 @@ def _knob(cause: str, evidence: Evidence) -> str:
 
 def _verdict(evidence: Evidence, stall: float, noise: float, cause: str, costs: Mapping[str, float]) -> str:
     images = evidence.images * evidence.world_size
-    real, alone = (images / evidence.modes[name].step for name in (REAL, RESIDENT))
+    real = images / evidence.modes[REAL].step
+    alone = max(real, images / evidence.modes[RESIDENT].step)
     if noise > LOUDEST:
         advice = "use more --rounds, or a quieter machine"
         return f"Too noisy for a verdict: rounds differ by ±{noise:.0%}; {advice}."
     if cause in ("compute", "communication"):
         what = "the model's own work" if cause == "compute" else "communication between ranks"
         return (
-            f"The limit is {what}: {real:,.0f} images/s, of at most {alone:,.0f} with data for free "
-            f"(data costs {stall:.1%} of the step, rounds differ by ±{noise:.1%})."
+            f"The limit is {what}{_dearest(evidence, cause)}: {real:,.0f} images/s, of at most {alone:,.0f} with data "
+            f"for free (data costs {stall:.1%} of the step, rounds differ by ±{noise:.1%})."
         )
     share = costs[cause] / max(sum(costs.values()), 1e-12)
     named = {
@@ -237,3 +245,12 @@ def _verdict(evidence: Evidence, stall: float, noise: float, cause: str, costs: 
         f"Training waits for data in {stall:.0%} of the step, {share:.0%} of that because of {named}: "
         f"{real:,.0f} images/s, of at most {alone:,.0f} with data for free."
     )
+
+
+def _dearest(evidence: Evidence, cause: str) -> str:
+    """Returns the part of the model's work that takes most of the step, in words."""
+    parts = {name: seconds for name, seconds in evidence.parts.items() if name not in ("data", UNNAMED)}
+    if cause != "compute" or not parts:
+        return ""
+    name = max(parts, key=lambda part: parts[part])
+    return f", most of it in {name.replace('_', ' ')} ({parts[name] / sum(evidence.parts.values()):.0%} of the step)"

@@ -105,7 +105,7 @@ def parts_chart(rows: Sequence[figures.PartFigures]) -> list[Values]:
             "ms": figures.milliseconds(row.median, beside=longest),
             "p95": figures.milliseconds(row.p95, beside=longest),
             "share": figures.share(row.share),
-            "gflop": f"{row.flops / 1e9:,.0f}" if row.flops else NOTHING,
+            "gflop": figures.giga(row.flops),
             "utilisation": figures.whole_share(row.utilisation),
             "rate": figures.rate(row.images_per_second),
         }
@@ -166,6 +166,35 @@ def memory_chart(owners: Mapping[str, int]) -> Values | None:
         "enlarged": enlarged,
         "largest": figures.label_of(held[0][0]),
         "others": figures.size(total - held[0][1]),
+    }
+
+
+def memory_curve_chart(profile: Profile) -> Values | None:
+    """Returns a bar for each moment of a step's memory, as wide as it lasts, and the time axis."""
+    moments = profile.memory_curve
+    if len(moments) < 2:
+        return None
+    end, most = moments[-1].seconds, max(moment.bytes for moment in moments)
+    bars = [
+        {
+            "begin": _percent(moment.seconds, end),
+            "width": _percent(following.seconds - moment.seconds, end),
+            "height": _percent(moment.bytes, most),
+            "colour": figures.kind_of(moment.part),
+            "title": f"{figures.size(moment.bytes)} in {figures.label_of(moment.part)}, "
+            f"at {figures.milliseconds(moment.seconds)} ms",
+        }
+        for moment, following in zip(moments[:-1], moments[1:], strict=True)
+    ]
+    peak = max(moments, key=lambda moment: moment.bytes)
+    ticks = [{"at": _percent(tick, 1e3 * end), "label": f"{tick:g} ms"} for tick in ticks_up_to(1e3 * end)]
+    return {
+        "bars": bars,
+        "ticks": ticks,
+        "kinds": list(dict.fromkeys(bar["colour"] for bar in bars)),
+        "most": figures.size(most),
+        "peak": f"{figures.size(peak.bytes)}, {figures.milliseconds(peak.seconds)} ms after the step’s begin, in "
+        f"{figures.label_of(peak.part)}",
     }
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from maestri.engine.config import RunConfig
 from maestri.pipelines.colour import ColourConfig
 from maestri.pipelines.filters import BlurConfig
-from maestri.profiler.causes import Evidence, predicted_step
+from maestri.profiler.causes import Evidence, clamped, predicted_step
 from maestri.profiler.findings import CACHED, Gain
 from maestri.profiler.trial import Trial, mode_times, other_loader
 
@@ -33,7 +33,7 @@ def _candidates(config: RunConfig, evidence: Evidence) -> list[tuple[Gain, RunCo
     if twice <= evidence.cores:
         gain = Gain(
             cause="decode",
-            images_per_second=images / predicted_step(evidence, threads=twice),
+            images_per_second=images / clamped(evidence, predicted_step(evidence, threads=twice)),
             knob=f"data.num_threads {twice}",
             experiment=f"data.num_threads {evidence.num_threads} → {twice}",
         )
@@ -41,7 +41,7 @@ def _candidates(config: RunConfig, evidence: Evidence) -> list[tuple[Gain, RunCo
     views = config.views
     plain = replace(views, colour=ColourConfig(), blur=BlurConfig(), solarise=(0.0,))
     if plain != views:
-        without = predicted_step(evidence, scale={"augment": without_colour(evidence)})
+        without = clamped(evidence, predicted_step(evidence, scale={"augment": without_colour(evidence)}))
         gain = Gain(
             cause="augment",
             images_per_second=images / without,

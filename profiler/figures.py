@@ -4,7 +4,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from maestri.profiler.findings import CACHED, COLD, CROWDED, REAL, RESIDENT, UNNAMED, Mark, Profile, RankSummary, Stage
+from maestri.profiler.findings import (
+    CACHED,
+    COLD,
+    CROWDED,
+    REAL,
+    RESIDENT,
+    UNNAMED,
+    Gain,
+    Mark,
+    Profile,
+    RankSummary,
+    Stage,
+)
 
 NOTHING = "–"
 
@@ -28,6 +40,8 @@ KINDS = {
 STUDENT = "student"
 IDLE = ("data", UNNAMED)
 """Parts in which the model does nothing: a rate of theirs would mislead."""
+LEAST_GAIN = 0.01
+"""Share of the rate that a gain adds at least, to be told."""
 LEAST_EXCESS = 0.02
 """Share by which a straggler's own time exceeds the ranks' median, at least."""
 
@@ -213,6 +227,12 @@ def model_rate(profile: Profile) -> float | None:
     return profile.images / profile.modes[RESIDENT].step if RESIDENT in profile.modes else None
 
 
+def gain_of(profile: Profile, gain: Gain) -> str:
+    """Returns what a gain adds to the rate, e.g. ``+12.0 %``; said to be noise where rounds differ by as much."""
+    more = gain.images_per_second / profile.images_per_second - 1
+    return percent_more(1.0, 1.0 + more) if more > max(profile.noise, LEAST_GAIN) else "within noise"
+
+
 def milliseconds(seconds: float, *, beside: float = 0.0) -> str:
     """Returns e.g. ``48.2``; with as many digits as ``beside``, the largest of a column, needs."""
     largest = 1e3 * max(seconds, beside)
@@ -224,6 +244,12 @@ def rate(images_per_second: float | None) -> str:
     if images_per_second is None or images_per_second == float("inf"):
         return NOTHING
     return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:,.1f}"
+
+
+def giga(flops: int) -> str:
+    """Returns e.g. ``1,240`` or ``0.31``, of 10⁹."""
+    value = flops / 1e9
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}" if flops else NOTHING
 
 
 def size(num_bytes: float) -> str:

@@ -3,7 +3,10 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 REAL = "real"
 """The run's own loader, and shards as they lie: what training does."""
@@ -100,6 +103,30 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Moment:
+    """Memory at one moment of a step."""
+
+    seconds: float
+    """After the step's begin, on the host's clock."""
+    bytes: int
+    """That tensors take on the model's device."""
+    part: str
+    """That runs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wait:
+    """A call of the step that needs a tensor's values on the host: on a GPU it waits for all work before it."""
+
+    place: str
+    """File and line of the innermost call outside of torch."""
+    operation: str
+    """What is called: ``item``, ``nonzero`` …"""
+    count: int
+    """Times in a step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
     """What removing a cause would give."""
 
@@ -158,7 +185,7 @@ class Profile:
     memory_peak: Mapping[str, int]
     """Bytes allocated at most, by part of the step; empty where that is not known."""
     host_memory: Mapping[str, int]
-    """Bytes of the host by process or kind (``rank 0``, ``worker 1234``, ``page cache``, ``pinned``)."""
+    """Bytes of the host by process or kind (``rank 0``, ``worker 1234``, ``data path``, ``pinned``, ``page cache``)."""
     stall: float
     """Share of the real step that is not the model's: 1 − resident / real."""
     cause: str
@@ -173,6 +200,10 @@ class Profile:
     """Bytes by which memory grows each step on a resident batch: of the device, or of the host's process."""
     complete: bool = True
     """False where it was interrupted and shows what was measured until then."""
+    memory_curve: Sequence[Moment] = ()
+    """Memory over a step of rank 0, the moments of the most among it; empty where that was not followed."""
+    waits: Sequence[Wait] = ()
+    """What makes the host wait for the device in a step of rank 0, the most often first."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """What a step depends on and a user chose: ``precision``, ``workers``, ``executor``, ``commit`` …"""
 
@@ -187,23 +218,20 @@ class Profile:
         return asdict(self)
 
 
-def from_json(values: Mapping[str, Any]) -> Profile:
+def from_json(values: Any) -> Profile:
     """Returns the profile of ``as_json``'s result.
 
     Raises:
-        ValueError: it is of another form; names the first field that is missing.
+        ValueError: it is of another form; names the first field that is missing or of another type.
     """
     try:
-        return Profile(
-            **{
-                **values,
-                "modes": {name: ModeTimes(**found) for name, found in values["modes"].items()},
-                "parts": [Part(**found) for found in values["parts"]],
-                "timeline": [Mark(**found) for found in values["timeline"]],
-                "stages": [Stage(**found) for found in values["stages"]],
-                "ranks": [RankSummary(**found) for found in values["ranks"]],
-                "gains": [Gain(**found) for found in values["gains"]],
-            }
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a profile of this version: {error}") from None
+        return _reader().validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(step) for step in first["loc"]) or "the whole"
+        raise ValueError(f"not a profile of this version: {where}: {first['msg']}") from None
+
+
+@cache
+def _reader() -> TypeAdapter[Profile]:
+    return TypeAdapter(Profile)

@@ -100,7 +100,7 @@ class LiveProfile:
         found.steps = marks
         found.ranks = [RankSummary(rank=rank, parts=of_rank) for rank, of_rank in enumerate(everyone)]
         found.memory = bytes_by_owner(parts.engine.module, parts.method, parts.teachers, parts.masters)
-        found.host_memory = host_bytes(ranks.rank)
+        found.host_memory = host_bytes(ranks)
         dearest = max(own, key=lambda name: own[name])
         found.remark = (
             f"Of a running job: it waits for data in {waited / statistics.fmean(seconds):.1%} of the step, and the "

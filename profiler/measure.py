@@ -25,18 +25,23 @@ from maestri.profiler.findings import (
     REAL,
     RESIDENT,
     Mark,
+    Moment,
     Part,
     Profile,
     RankSummary,
     Stage,
+    Wait,
 )
 from maestri.profiler.flops import FlopCounter
-from maestri.profiler.memory import host_bytes, resident_bytes, step_bytes
+from maestri.profiler.memory import host_bytes, resident_bytes, step_bytes, step_curve
+from maestri.profiler.memory_curve import peak_by_part, thinned
+from maestri.profiler.page_cache import bytes_in_page_cache
 from maestri.profiler.parts import parts_of
 from maestri.profiler.peak import Peak, measure_peak
 from maestri.profiler.resident import repeated
 from maestri.profiler.timeline import follow_run, seconds_by_part, shown, timeline_of
 from maestri.profiler.trial import WARM_UP, Trial, mode_times, opened_trial
+from maestri.profiler.waits import WaitFinder
 
 LEAK = 5e5
 """Bytes a step from which on growing memory is told of."""
@@ -85,7 +90,9 @@ class Collected:
     flops: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     memory_peak: dict[str, int] = field(default_factory=dict)
+    memory_curve: list[Moment] = field(default_factory=list)
     host_memory: dict[str, int] = field(default_factory=dict)
+    waits: list[Wait] = field(default_factory=list)
     ranks: list[RankSummary] = field(default_factory=list)
     growth: list[float] = field(default_factory=list)
     remark: str = "Ended before there was enough for a verdict."
@@ -123,7 +130,9 @@ class Collected:
             bytes_per_second=self.peak.bytes_per_second if self.peak else 0.0,
             memory=self.memory,
             memory_peak=self.memory_peak,
+            memory_curve=self.memory_curve,
             host_memory=self.host_memory,
+            waits=self.waits,
             stall=judgement.stall,
             cause=judgement.cause,
             gains=judgement.gains,
@@ -171,12 +180,27 @@ def measure_profile(
                     found.growth.append((used_bytes(ranks) - before) / (plan.steps + WARM_UP))
         found.stages = stages_of(trial, steps=plan.steps)
         trace_parts(trial, found, on_step)
-        found.memory, found.memory_peak = step_bytes(trial.parts, trial.resident, trial.step)
-        found.host_memory = host_bytes(ranks.rank)
+        measure_memory(trial, found)
         evidence = evidence_of(config, ranks, found)
         found.judgement = judge(evidence)
         if plan.experiments:
             found.judgement.gains[:] = try_gains(trial, evidence, found.judgement.gains, plan.steps, plan.rounds)
+
+
+def measure_memory(trial: Trial, found: Collected) -> None:
+    """Books memory by owner and over a step, and what makes the host wait in one."""
+    batches = repeated(trial.resident)
+    found.memory = step_bytes(trial.parts, trial.resident, trial.step)
+    curve = step_curve(trial.parts, trial.resident, found.memory, lambda: trial.step(batches))
+    found.memory_peak, found.memory_curve = peak_by_part(curve), thinned(curve)
+    found.memory["data path"] = trial.data_path_bytes["device"]
+    found.host_memory = host_bytes(trial.ranks) | {
+        "data path": trial.data_path_bytes["host"],
+        "page cache": bytes_in_page_cache(trial.shard_set),
+    }
+    with torch.compiler.set_stance("force_eager"), WaitFinder(trial.ranks.device) as waits:
+        trial.step(batches)
+    found.waits = waits.waits
 
 
 def used_bytes(ranks: Ranks) -> int:

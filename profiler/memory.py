@@ -3,8 +3,7 @@
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from maestri.engine.continuation import Parts
+from maestri.engine.distributed import Ranks
 from maestri.engine.masters import MOMENTS, MasterGroup, shape_of
-from maestri.engine.spans import SpanRecorder, recording
 from maestri.engine.teachers import Teachers
 from maestri.model.method import Method
 from maestri.pipelines.batch import Batch
 from maestri.profiler.activations import saved_bytes
+from maestri.profiler.findings import Moment
+from maestri.profiler.memory_curve import memory_curve
+from maestri.profiler.parts import parts_of
 from maestri.profiler.resident import repeated
 
 
@@ -57,14 +59,8 @@ def bytes_by_owner(
     }
 
 
-def step_bytes(
-    parts: Parts, batch: Batch, step: Callable[[Iterator[Batch]], None]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns bytes by owner, gradients, activations and the batch among them, and the most by part of the step.
-
-    Makes two steps on a batch.  Of a GPU the second is what the allocator has had at most while each part ran; on a
-    CPU, whose allocator keeps no books, it is empty.
-    """
+def step_bytes(parts: Parts, batch: Batch, step: Callable[[Iterator[Batch]], None]) -> dict[str, int]:
+    """Returns bytes by owner, gradients, activations and the batch among them; makes a step on a batch."""
     student = parts.engine.module
     found = bytes_by_owner(student, parts.method, parts.teachers, parts.masters)
     kept = [*_with_shards(student), *batch.views.values()]
@@ -77,17 +73,32 @@ def step_bytes(
     kept_gradients = own if parts.engine.zero_optimization_stage() >= 2 else whole
     found |= {"gradients": kept_gradients * itemsize, "activations": saved.bytes}
     found["batch"] = sum(tensor.nbytes for tensor in batch.views.values())
-    peaks: dict[str, int] = {}
-    if parts.ranks.device.type == "cuda":
-        with recording(_PeakOfParts(peaks)):
-            step(repeated(batch))
-    return found, peaks
+    return found
 
 
-def host_bytes(rank: int) -> dict[str, int]:
-    """Returns the host's memory by process: this rank's, and those that it has started."""
+def step_curve(parts: Parts, batch: Batch, owners: Mapping[str, int], step: Callable[[], None]) -> list[Moment]:
+    """Returns the memory over a step.
+
+    Args:
+        parts: the run's.
+        batch: the step's.
+        owners: of ``step_bytes``: on a CPU, whose allocator keeps no books, what they keep is where the curve begins.
+        step: makes the step.
+    """
+    device = parts.ranks.device
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+    else:
+        held = sum(kept for name, kept in owners.items() if name not in ("gradients", "activations"))
+    return memory_curve(parts_of(parts.method), device, held, step)
+
+
+def host_bytes(ranks: Ranks) -> dict[str, int]:
+    """Returns the host's memory by process, this rank's and those that it has started, and what of it is pinned."""
     own = os.getpid()
-    found = {f"rank {rank}": _resident(own)}
+    found = {f"rank {ranks.rank}": _resident(own)}
+    if ranks.device.type == "cuda":
+        found["pinned"] = int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -96,6 +107,14 @@ def host_bytes(rank: int) -> dict[str, int]:
         if int(fields[1]) == own:
             found[f"worker {path.parent.name}"] = _resident(int(path.parent.name))
     return found
+
+
+def outside_bytes(device: torch.device) -> int:
+    """Returns what a GPU has given to others than torch's allocator: DALI's pool, contexts, other processes."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free - torch.cuda.memory_reserved(device))
 
 
 def resident_bytes() -> int:
@@ -109,21 +128,6 @@ def _resident(process: int) -> int:
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-class _PeakOfParts(SpanRecorder):
-    """Notes the most that a GPU's allocator had in each span of a step."""
-
-    def __init__(self, peaks: dict[str, int]) -> None:
-        super().__init__(torch.device("cpu"))
-        self._peaks = peaks
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Notes the most inside its block."""
-        torch.cuda.reset_peak_memory_stats()
-        yield
-        self._peaks[name] = max(self._peaks.get(name, 0), torch.cuda.max_memory_allocated())
 
 
 def peak_resident_bytes() -> int:

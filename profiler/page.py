@@ -39,6 +39,7 @@ def as_page(profile: Profile) -> str:
         parts=charts.parts_chart(rows),
         coverage=figures.share(figures.coverage(rows)),
         peaks=charts.peaks_chart(profile),
+        curve=charts.memory_curve_chart(profile),
         memory=charts.memory_chart(profile.memory),
         ranks=_ranks(profile),
         straggler=straggler_line(profile)[:1].upper() + straggler_line(profile)[1:] + ".",
@@ -72,7 +73,7 @@ def _gains(profile: Profile) -> list[charts.Values]:
         {
             "cause": gain.cause,
             "expected": figures.rate(gain.images_per_second),
-            "more": figures.percent_more(profile.images_per_second, gain.images_per_second),
+            "more": figures.gain_of(profile, gain),
             "checked": figures.rate(gain.checked),
             "knob": gain.knob,
             "experiment": gain.experiment,

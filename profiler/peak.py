@@ -23,8 +23,6 @@ class Peak:
 
     flops_per_second: float
     """Of a product of two square matrices in the compute dtype; median."""
-    side: int
-    """Of these matrices."""
     bytes_per_second: float
     """Read and written by ``average.lerp_(master, weight)`` in float32; median."""
     stream_bytes: int
@@ -48,18 +46,29 @@ def measure_peak(
         stream_bytes: of each of a stream's two tensors.
         clock: read on a CPU.
     """
-    side = _long_enough_side(device, dtype)
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    products = seconds_of(lambda: torch.mm(left, right, out=out), device=device, repeats=repeats, clock=clock)
     stream = Stream(stream_bytes, device)
     streams = seconds_of(stream, device=device, repeats=repeats, clock=clock)
     return Peak(
-        flops_per_second=2 * side**3 / statistics.median(products),
-        side=side,
+        flops_per_second=product_rate(device, dtype, repeats=repeats, clock=clock),
         bytes_per_second=stream.num_bytes / statistics.median(streams),
         stream_bytes=stream.num_bytes,
     )
+
+
+def product_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    repeats: int,
+    long_enough: float = LONG_ENOUGH,
+    clock: Clock = time.perf_counter,
+) -> float:
+    """Returns FLOPs per second of the product of two square matrices, large enough to take ``long_enough`` seconds."""
+    side = _long_enough_side(device, dtype, long_enough)
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    products = seconds_of(lambda: torch.mm(left, right, out=out), device=device, repeats=repeats, clock=clock)
+    return 2 * side**3 / statistics.median(products)
 
 
 class Stream:
@@ -76,13 +85,13 @@ class Stream:
         self._average.lerp_(self._master, 1e-3)
 
 
-def _long_enough_side(device: torch.device, dtype: torch.dtype) -> int:
+def _long_enough_side(device: torch.device, dtype: torch.dtype, seconds: float) -> int:
     """Returns the smallest power of two from 512 on whose product takes long enough."""
     side = 512
     while side < LARGEST_SIDE:
         matrix = torch.ones(side, side, device=device, dtype=dtype)
         product = partial(torch.mm, matrix, matrix)
-        if min(seconds_of(product, device=device, repeats=2)) >= LONG_ENOUGH:
+        if min(seconds_of(product, device=device, repeats=2)) >= seconds:
             return side
         side *= 2
     return side

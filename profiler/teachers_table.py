@@ -36,8 +36,8 @@ def parts_table(found: TeachersCost) -> Table:
 def machine_line(found: TeachersCost) -> str:
     """Returns the limits that were measured."""
     return (
-        f"one rank's limits, measured: {found.peak.flops_per_second / 1e12:,.3f} · 10¹² FLOPs/s ({found.precision}, "
-        f"products of {found.peak.side}²), {found.peak.bytes_per_second / 1e9:,.1f} GB/s"
+        f"one rank's limits, measured: {found.peak.flops_per_second / 1e12:,.3f} · 10¹² FLOPs/s ({found.precision}), "
+        f"{found.peak.bytes_per_second / 1e9:,.1f} GB/s"
     )
 
 

@@ -28,6 +28,7 @@ def report(profile: Profile) -> Group:
         stages_table(profile),
         gains_table(profile),
         memory_table(profile),
+        waits_table(profile),
         ranks_table(profile),
     )
     return Group(*blocks, *(Padding(table, (1, 0, 0, 0)) for table in tables if table is not None))
@@ -67,7 +68,7 @@ def parts_table(profile: Profile) -> Table | None:
             figures.milliseconds(row.median, beside=most),
             figures.milliseconds(row.p95, beside=most),
             figures.share(row.share),
-            f"{row.flops / 1e9:,.0f}" if row.flops else NOTHING,
+            figures.giga(row.flops),
             figures.whole_share(row.utilisation),
             figures.rate(row.images_per_second),
             style="dim" if row.name == UNNAMED else "",
@@ -112,7 +113,7 @@ def gains_table(profile: Profile) -> Table | None:
         table.add_row(
             gain.cause,
             figures.rate(gain.images_per_second),
-            figures.percent_more(profile.images_per_second, gain.images_per_second),
+            figures.gain_of(profile, gain),
             figures.rate(gain.checked) if gain.checked is not None else NOTHING,
             Text.assemble(gain.knob, (f"\nmeasured: {gain.experiment}" if gain.experiment else "", "dim")),
         )
@@ -136,6 +137,17 @@ def memory_table(profile: Profile) -> Table | None:
     if profile.memory_peak:
         place, most = max(profile.memory_peak.items(), key=lambda item: item[1])
         table.caption = f"most allocated: {figures.size(most)}, in {figures.label_of(place)}"
+    return table
+
+
+def waits_table(profile: Profile) -> Table | None:
+    """Returns what makes the host wait for the device, the most often first."""
+    if not profile.waits:
+        return None
+    table = _table("waits for the device", ("place", True), ("call", True), ("times a step", False))
+    for wait in profile.waits:
+        table.add_row(wait.place, wait.operation, str(wait.count))
+    table.caption = "each needs values on the host: a GPU runs dry there"
     return table
 
 

@@ -68,6 +68,16 @@ class Timeline(PartFollower):
             self._is_open = False
             self.forget()
 
+    def _enter_part(self, part: str) -> None:
+        super()._enter_part(part)
+        if self._on_gpu:
+            torch.cuda.nvtx.range_push(part)  # for Nsight
+
+    def _leave_part(self) -> None:
+        if self._on_gpu:
+            torch.cuda.nvtx.range_pop()
+        super()._leave_part()
+
     def settle(self, part: str) -> None:
         """Notes that ``part`` ran until now; what is between steps does not count."""
         if self._is_open:

@@ -21,6 +21,7 @@ from maestri.pipelines.batch import Batch
 from maestri.pipelines.loader import Loader
 from maestri.profiler.clock import Laps
 from maestri.profiler.findings import CACHED, COLD, CROWDED, REAL, RESIDENT, ModeTimes
+from maestri.profiler.memory import outside_bytes, resident_bytes
 from maestri.profiler.page_cache import drop_from_page_cache
 from maestri.profiler.resident import repeated
 from maestri.profiler.timeline import Timeline
@@ -40,7 +41,14 @@ class Trial:
         self.shard_set = shard_set
         self.loader = loader
         self.ranks = parts.ranks
+        host, device = resident_bytes(), outside_bytes(self.ranks.device)
         self.resident = next(loader)
+        self.data_path_bytes = {
+            "host": max(0, resident_bytes() - host),
+            "device": max(0, outside_bytes(self.ranks.device) - device),
+        }
+        """By which the first batch raised the memory of the host's process, and of a GPU outside of torch: batches made
+        ahead, decoders, DALI's pools."""
         self._step = 0
         # What other modes read again and again, and, ahead of it, what only the real mode reads: once.
         self._position: int = loader.state_dict()["position"]

@@ -14,10 +14,12 @@ from maestri.profiler.findings import (
     Gain,
     Mark,
     ModeTimes,
+    Moment,
     Part,
     Profile,
     RankSummary,
     Stage,
+    Wait,
 )
 
 IMAGES = 1024
@@ -112,6 +114,8 @@ def bare_profile() -> Profile:
         gains=[],
         memory={},
         memory_peak={},
+        memory_curve=(),
+        waits=(),
         host_memory={},
         settings={},
         stall=0.0,
@@ -212,6 +216,23 @@ _SETUP = {
         "optimizer": 1_900_000_000,
         "averages": 1_300_000_000,
     },
+    "memory_curve": [
+        Moment(seconds=1e-3 * when, bytes=held * 10**6, part=part)
+        for when, held, part in (
+            (0, 512, "data"),
+            (40, 3900, "labelling_teacher"),
+            (60, 4000, "reconstruction_teacher"),
+            (70, 1200, "student"),
+            (110, 9800, "student"),
+            (120, 10600, "loss"),
+            (125, 12513, "encoder backward"),
+            (180, 4000, "encoder backward"),
+            (200, 1900, "optimizer"),
+            (210, 1300, "averages"),
+            (215, 512, "averages"),
+        )
+    ],
+    "waits": [Wait(place="model/plmae.py:187", operation="item", count=4)],
     "host_memory": {
         "rank 0": 6_200_000_000,
         "worker 41827": 1_150_000_000,

@@ -15,15 +15,18 @@ import torch
 
 from maestri.engine import distributed
 from maestri.engine.config_files import load_config
+from maestri.model.encoder import Encoder
 from maestri.model.plmae import Plmae
 from maestri.pipelines import pixel_ops
 from maestri.pipelines.pixel_ops import PixelOps
-from maestri.profiler import measure
+from maestri.profiler import measure, trial
 from maestri.profiler.measure import Plan, measure_profile, new_collection
 from maestri.profiler.peak import measure_peak
 from maestri.shards.shard_set import ShardSet
 
 KEPT: list[bytearray] = []
+READ: set[int] = set()
+"""Rows in the page cache of a planted disk."""
 
 
 def slowed(owner: Any, name: str, seconds: Callable[..., float]) -> Callable[..., Any]:
@@ -37,23 +40,64 @@ def slowed(owner: Any, name: str, seconds: Callable[..., float]) -> Callable[...
     return call
 
 
+def uncached_delay(shards: ShardSet, rows: Any) -> float:
+    """Returns seconds for a disk that answers late, for rows that were not read since the page cache was dropped."""
+    fresh = set(map(int, rows)) - READ
+    READ.update(fresh)
+    return 0.015 * len(fresh)
+
+
+def twice_as_deep(encoder: Encoder, *arguments: Any) -> Any:
+    """Runs a teacher's blocks twice; the student's, which has gradients, once."""
+    blocks = encoder.blocks
+    if not next(encoder.parameters()).requires_grad:
+        encoder.blocks = torch.nn.Sequential(*blocks, *blocks)
+    try:
+        return ENCODE(encoder, *arguments)
+    finally:
+        encoder.blocks = blocks
+
+
+def asking(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a loss that asks for a value of each of its inputs, as a print of a norm would."""
+
+    def call(method: Plmae, outputs: Any, targets: Any, step: int) -> Any:
+        for tensor in outputs.values():
+            float(tensor.detach().float().norm())
+        return loss(method, outputs, targets, step)
+
+    return call
+
+
+ENCODE = Encoder.forward
+
+
 @contextmanager
 def planted(case: str, rank: int) -> Iterator[None]:
     """Plants a fault inside the block."""
+    replaced: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+        "deep": (Encoder, "forward", twice_as_deep),
+        "wait": (Plmae, "loss", asking(Plmae.loss)),
+    }
     places: dict[str, tuple[Any, str, Callable[..., float]]] = {
         "store": (ShardSet, "read_checked", lambda shards, rows: 0.005 * len(rows)),
+        "page cache": (ShardSet, "read_checked", uncached_delay),
         "decode": (pixel_ops.simplejpeg, "decode_jpeg", lambda *_: 0.008),
         "augment": (PixelOps, "_resize", lambda *_: 0.004),
         "sleep": (Plmae, "loss", lambda *_: 0.03),
         "rank": (Plmae, "targets", lambda *_: 0.05 if rank == 1 else 0.0),
         "leak": (Plmae, "loss", lambda *_: KEPT.append(bytearray(b"x") * 3_000_000) or 0.0),
     }
-    if case not in places:
+    if case in places:
+        owner, name, seconds = places[case]
+        changed = slowed(owner, name, seconds)
+    elif case in replaced:
+        owner, name, changed = replaced[case]
+    else:
         yield
         return
-    owner, name, seconds = places[case]
     original = getattr(owner, name)
-    setattr(owner, name, slowed(owner, name, seconds))
+    setattr(owner, name, changed)
     try:
         yield
     finally:
@@ -67,6 +111,7 @@ def main(folder: Path, cases: list[str]) -> None:
     ranks = distributed.start(device, timeout_minutes=2)
     peak = measure_peak(device, torch.float32, repeats=3, stream_bytes=2**24)
     measure.measure_peak = lambda *_: peak
+    trial.drop_from_page_cache = lambda _: READ.clear()
     for case in cases:
         config = load_config(folder / "tiny.yaml", ["--out", "nowhere"])
         found = new_collection(config, ranks, recipe=case)
@@ -74,7 +119,7 @@ def main(folder: Path, cases: list[str]) -> None:
             plan = Plan(
                 steps=3,
                 rounds=3 if case in ("leak", "rank") else 4,
-                cold=case == "healthy",
+                cold=case in ("healthy", "page cache"),
                 experiments=case == "decode",
             )
             measure_profile(config, ranks, plan, found, folder=folder / f"run {case}", on_step=lambda: None)

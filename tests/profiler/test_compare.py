@@ -178,7 +178,7 @@ def test_run__bare_profiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (b"\xff\xfe", "not JSON"),
         (b"{", "not JSON"),
         (b"[]", "not a profile of this version"),
-        (b"{}", "not a profile of this version: 'modes'"),
+        (b"{}", "not a profile of this version: title: Field required"),
     ],
 )
 def test_run__file_that_is_no_profile(tmp_path: Path, content: bytes | None, message: str) -> None:

@@ -27,7 +27,7 @@ method:
     reconstruction: {codes: 16, head: {hidden: 32, layers: 2, bottleneck: 16, prototypes: 16}}
 engine: {device: cpu, precision: fp32, threads: 1}
 """
-ALONE = ("healthy", "store", "decode", "augment", "sleep", "leak")
+ALONE = ("healthy", "store", "page cache", "decode", "augment", "sleep", "wait", "deep", "leak")
 TOGETHER = ("rank",)
 
 
@@ -85,6 +85,50 @@ def test_profile__sleep_in_the_step_shows_where_it_is(profiles: dict[str, Profil
     slow, healthy = medians(profiles["sleep 1"]), medians(profiles["healthy 1"])
     assert slow["loss"] - healthy["loss"] > 0.028
     assert max(slow, key=lambda name: slow[name] - healthy.get(name, 0.0)) == "loss"
+
+
+def test_profile__store_that_is_slow_without_the_page_cache(profiles: dict[str, Profile]) -> None:
+    modes = profiles["page cache 1"].modes
+    assert modes["cold"].step > 1.5 * modes["cached"].step
+    healthy = profiles["healthy 1"].modes
+    assert healthy["cold"].step < 1.5 * healthy["cached"].step
+
+
+def test_profile__call_that_waits_for_the_device_is_named(profiles: dict[str, Profile]) -> None:
+    (wait,) = (wait for wait in profiles["wait 1"].waits if "planted_program.py" in wait.place)
+    assert wait.operation == "item"
+    assert wait.count == 4  # the student's outputs
+    assert not [wait for wait in profiles["healthy 1"].waits if "planted_program.py" in wait.place]
+
+
+def test_profile__teacher_twice_as_deep_is_named(profiles: dict[str, Profile]) -> None:
+    deep, healthy = (
+        {part.name: part.flops for part in profiles[f"{case} 1"].parts if part.flops} for case in ("deep", "healthy")
+    )
+    changed = {name for name in healthy if deep[name] > 1.5 * healthy[name]}
+    assert changed == {"labelling_teacher", "reconstruction_teacher"}
+    times = [medians(profiles[f"{case} 1"]) for case in ("deep", "healthy")]
+    beside_the_student = [found["labelling_teacher"] / found["encoder"] for found in times]
+    assert beside_the_student[0] > 1.4 * beside_the_student[1]
+
+
+def test_profile__memory_over_a_step(profiles: dict[str, Profile]) -> None:
+    found = profiles["healthy 1"]
+    moments = found.memory_curve
+    assert [moment.seconds for moment in moments] == sorted(moment.seconds for moment in moments)
+    most = max(moments, key=lambda moment: moment.bytes)
+    assert most.bytes == max(found.memory_peak.values())
+    held = sum(kept for name, kept in found.memory.items() if name not in ("gradients", "activations"))
+    assert moments[0].bytes == held
+    # Activations are there at once, and gradients come on top of what is left of them.
+    assert held + 0.8 * found.memory["activations"] < most.bytes < held + 3 * found.memory["activations"]
+    assert {"labelling_teacher", "encoder", "encoder backward"} <= {moment.part for moment in moments}
+
+
+def test_profile__memory_of_the_data_path_and_the_page_cache(profiles: dict[str, Profile]) -> None:
+    found = profiles["healthy 1"].host_memory
+    assert found["page cache"] > 0
+    assert found["data path"] > 0
 
 
 def test_profile__slow_rank_is_named(profiles: dict[str, Profile]) -> None:

@@ -126,7 +126,7 @@ def test_teachers_cost__shares_by_hand() -> None:
         "one": cost([0.7, 0.8, 1.6], 0.01, {"encoder": 60, "teacher": 20}),
         "two": cost([1.0, 1.0, 2.0], 0.02, {"encoder": 60, "labelling_teacher": 20, "reconstruction_teacher": 20}),
     }
-    peak = Peak(flops_per_second=1e12, side=512, bytes_per_second=1e10, stream_bytes=1)
+    peak = Peak(flops_per_second=1e12, bytes_per_second=1e10, stream_bytes=1)
     found = TeachersCost(
         variants=variants, peak=peak, images=8, world_size=1, device="cpu", precision="fp32", resident_bytes=1
     )
