@@ -116,7 +116,7 @@ def quiet_libraries() -> None:
     """Silences the notes of the libraries around us; warnings raised from our own modules still show."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # what torch's profiler says of itself
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # what torch's profiler says of itself
     for name in QUIET_MODULES:
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
     _raise_log_levels()

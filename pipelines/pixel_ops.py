@@ -7,6 +7,7 @@ torchvision v2, bit for bit) and OpenCV for the rest.  All of them release Pytho
 import io
 import math
 import time
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -65,6 +66,8 @@ class PixelOps:
         self._decoded: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._cut: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._spare: dict[int, NDArray[np.uint8]] = {}
+        self.clock: Callable[[], float] = time.perf_counter
+        """What seconds are read from."""
         self.seconds = {"decode": 0.0, "resize": 0.0, "colour": 0.0}
         """How long each kind of work has taken; the caller may set them back.  ``colour`` is all that follows the
         resize: flip, colours, blur and solarise."""
@@ -75,7 +78,7 @@ class PixelOps:
         Raises:
             Undecodable: it can't be decoded, or has another size.
         """
-        began = time.perf_counter()
+        began = self.clock()
         self._decoded = _at_least(3 * width * height, self._decoded)
         try:
             # The size of the buffer bounds what a wrong header can ask for.
@@ -86,12 +89,12 @@ class PixelOps:
             pixels = _decode_otherwise(encoded, width, height)
         if pixels.shape != (height, width, 3):
             raise Undecodable(f"{pixels.shape[1]} × {pixels.shape[0]} pixels; the index says {width} × {height}")
-        self.seconds["decode"] += time.perf_counter() - began
+        self.seconds["decode"] += self.clock() - began
         return pixels
 
     def make_view(self, out: NDArray[np.uint8], image: NDArray[np.uint8], view: ViewSteps) -> None:
         """Writes a view of an image (RGB, uint8 ``height width 3``) to ``out``: ``size size 3``, contiguous."""
-        began = time.perf_counter()
+        began = self.clock()
         size = len(out)
         window, is_cut, flip, colour, sigma, solarise = view
         steps = flip + (colour is not None) + (sigma > 0) + solarise
@@ -107,7 +110,7 @@ class PixelOps:
             self._resize(source, image[top : top + height, left : left + width])
         else:
             self._resize_region(source, image, top, left, height, width)
-        resized = time.perf_counter()
+        resized = self.clock()
         self.seconds["resize"] += resized - began
         if not steps:
             return
@@ -126,7 +129,7 @@ class PixelOps:
             # The lesser of x and 255 − x is 255 − x from 128 on.
             cv2.bitwise_not(source, target)
             cv2.min(source, target, target)
-        self.seconds["colour"] += time.perf_counter() - resized
+        self.seconds["colour"] += self.clock() - resized
 
     def _resize(
         self, out: NDArray[np.uint8], cut: NDArray[np.uint8], scales: tuple[float | None, float | None] = (None, None)

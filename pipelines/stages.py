@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -14,6 +14,8 @@ class Stages:
 
     def __init__(self) -> None:
         """Notes nothing yet."""
+        self.clock: Callable[[], float] = time.perf_counter
+        """What seconds are read from; ``time.thread_time`` counts a thread's own work, without what it waits for."""
         self._active: dict[tuple[int, str], tuple[str, float]] = {}
         self._seconds: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -27,7 +29,8 @@ class Stages:
             detail: a shard, a position; shown when it is stuck there.
             counts: whether its time counts; not where its parts are added by themselves.
         """
-        began = time.monotonic()
+        clock = self.clock  # one for the whole block
+        began, counted_from = time.monotonic(), clock()
         key = threading.get_ident(), name
         self._active[key] = (detail, began)
         try:
@@ -35,7 +38,7 @@ class Stages:
         finally:
             self._active.pop(key, None)
             if counts:
-                self.add(name, time.monotonic() - began)
+                self.add(name, clock() - counted_from)
 
     def add(self, name: str, seconds: float) -> None:
         """Adds to what a stage has taken."""

@@ -1,7 +1,6 @@
 """The ``threads`` executor: a pool of threads on the CPU carries a plan out, straight into the batch's memory."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -152,14 +151,15 @@ class ThreadsExecutor:
             ops: PixelOps | None = getattr(self._own, "ops", None)
             if ops is None:
                 ops = self._own.ops = PixelOps(self._options.interpolation, self._options.antialias)
+            clock = ops.clock = stages.clock
             bad = _write_views(ops, planned, arrays, numbers)
             for name, seconds in ops.seconds.items():
                 stages.add(name, seconds)
                 ops.seconds[name] = 0.0
             if any(group.corruption is not None for group in planned.plan.groups.values()):
-                began = time.perf_counter()
+                began = clock()
                 _write_corrupted(planned, arrays, [number for number in numbers if number not in bad], bad)
-                stages.add("corrupt", time.perf_counter() - began)
+                stages.add("corrupt", clock() - began)
         return bad
 
 

@@ -85,12 +85,13 @@ def judge(evidence: Evidence) -> Judgement:
     )
 
 
-def group_seconds(stages: Sequence[Stage]) -> dict[str, float]:
-    """Returns the seconds an image takes in each group of stages."""
+def group_seconds(stages: Sequence[Stage], *, busy: bool = False) -> dict[str, float]:
+    """Returns the seconds an image takes in each group of stages; of a core, if ``busy``."""
     found = {group: 0.0 for group in GROUPS}
     for stage in stages:
         for group, names in GROUPS.items():
-            found[group] += stage.seconds_per_image if stage.name in names else 0.0
+            if stage.name in names:
+                found[group] += stage.busy if busy else stage.seconds_per_image
     return found
 
 
@@ -112,17 +113,12 @@ def predicted_step(
         without: a group of stages that is gone.
         threads: of the executor.
         readers: threads that read.
-        scale: multiples of groups' seconds.
+        scale: multiples of groups' seconds, of waiting and work alike.
     """
-    now = group_seconds(evidence.stages)
-    then = {
-        group: seconds * (0.0 if group == without else (scale or {}).get(group, 1.0)) for group, seconds in now.items()
-    }
-    measured = evidence.modes[REAL].step
-    workers = threads or evidence.num_threads, readers or evidence.read_threads
-    return (
-        measured * _model(evidence, then, *workers) / _model(evidence, now, evidence.num_threads, evidence.read_threads)
-    )
+    factors = {group: 0.0 if group == without else (scale or {}).get(group, 1.0) for group in GROUPS}
+    as_it_is = _model(evidence, dict.fromkeys(GROUPS, 1.0), evidence.num_threads, evidence.read_threads)
+    changed = _model(evidence, factors, threads or evidence.num_threads, readers or evidence.read_threads)
+    return evidence.modes[REAL].step * changed / as_it_is
 
 
 def clamped(evidence: Evidence, step: float) -> float:
@@ -131,25 +127,32 @@ def clamped(evidence: Evidence, step: float) -> float:
     return max(min(resident, real), min(real, step))
 
 
-def _model(evidence: Evidence, seconds: Mapping[str, float], threads: int, readers: int) -> float:
+def _model(evidence: Evidence, factors: Mapping[str, float], threads: int, readers: int) -> float:
     resident = evidence.modes[RESIDENT].step
     crowded = evidence.modes[CROWDED].step if CROWDED in evidence.modes else resident
-    now = group_seconds(evidence.stages)
-    whole = sum(now.values())
-    share = sum(seconds.values()) / whole if whole else 0.0
+    busy = group_seconds(evidence.stages, busy=True)
+    whole = sum(busy.values())
+    # What a stage waits for takes nothing from the model.
+    share = sum(busy[group] * factors[group] for group in GROUPS) / whole if whole else 0.0
     beside = resident + max(0.0, crowded - resident) * share
     # The loader may be slower than its slowest stage: threads wait for each other, or do what no stage counts.
-    explained = max(_paces(evidence, now, evidence.num_threads, evidence.read_threads).values())
+    explained = _pace(evidence, dict.fromkeys(GROUPS, 1.0), evidence.num_threads, evidence.read_threads)
     friction = max(1.0, 1.0 / (evidence.loader_rate * explained)) if explained else 1.0
-    return max(beside, evidence.images * friction * max(_paces(evidence, seconds, threads, readers).values()))
+    return max(beside, evidence.images * friction * _pace(evidence, factors, threads, readers))
 
 
-def _paces(evidence: Evidence, seconds: Mapping[str, float], threads: int, readers: int) -> dict[str, float]:
+def _pace(evidence: Evidence, factors: Mapping[str, float], threads: int, readers: int) -> float:
+    return max(_paces(evidence, factors, threads, readers).values())
+
+
+def _paces(evidence: Evidence, factors: Mapping[str, float], threads: int, readers: int) -> dict[str, float]:
     """Returns seconds an image by what works side by side: the executor's threads, readers, the planning thread."""
+    seconds, busy = (group_seconds(evidence.stages, busy=busy) for busy in (False, True))
+    in_pool = [sum(taken[group] * factors[group] for group in POOL) for taken in (seconds, busy)]
     return {
-        "pool": sum(seconds[group] for group in POOL) / min(threads, evidence.cores),
-        "store": seconds["store"] / readers,
-        "plan": seconds["plan"],
+        "pool": max(in_pool[0] / threads, in_pool[1] / min(threads, evidence.cores)),
+        "store": seconds["store"] * factors["store"] / readers,
+        "plan": seconds["plan"] * factors["plan"],
     }
 
 
@@ -174,7 +177,7 @@ def _costs(evidence: Evidence) -> dict[str, float]:
 def _slowest_group(evidence: Evidence) -> str:
     """Returns the group of stages that sets the data path's pace."""
     seconds = group_seconds(evidence.stages)
-    pace = _paces(evidence, seconds, evidence.num_threads, evidence.read_threads)
+    pace = _paces(evidence, dict.fromkeys(GROUPS, 1.0), evidence.num_threads, evidence.read_threads)
     slowest = max(pace, key=lambda name: pace[name])
     return max(POOL, key=lambda group: seconds[group]) if slowest == "pool" else slowest
 

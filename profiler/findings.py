@@ -95,6 +95,14 @@ class Stage:
     """That work on it, on a rank."""
     pool: str = ""
     """Name of the threads, where they work on other stages too."""
+    busy_seconds_per_image: float | None = None
+    """Of a core, without what the stage waits for; None where that is not known, and all of it counts."""
+
+    @property
+    def busy(self) -> float:
+        """Seconds an image takes of a core."""
+        known = self.busy_seconds_per_image
+        return self.seconds_per_image if known is None else known
 
     @property
     def limit(self) -> float:

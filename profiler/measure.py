@@ -3,6 +3,7 @@
 import os
 import platform
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -233,21 +234,34 @@ def trace_parts(trial: Trial, found: Collected, on_step: Callable[[], None]) -> 
 
 def stages_of(trial: Trial, *, steps: int) -> list[Stage]:
     """Returns the stages of the data path, measured with nothing beside it."""
-    before = trial.loader.stages.seconds()
-    trial.loader_alone(steps)
-    micro_steps = steps + (2 + trial.ahead)
-    images = micro_steps * trial.config.batch.global_size / trial.ranks.world_size
+    whole = stage_seconds(trial, steps=steps, clock=time.perf_counter)
+    busy = stage_seconds(trial, steps=steps, clock=time.thread_time)
     data = trial.config.data
     threads = {"read": data.read_threads, "order": 1, "plan": 1, "DALI": 1}
     return [
         Stage(
             name=name,
-            seconds_per_image=(seconds - before.get(name, 0.0)) / images,
+            seconds_per_image=seconds,
             threads=threads.get(name, data.num_threads),
             pool="" if name in threads else "executor",
+            busy_seconds_per_image=None if name == "DALI" else min(busy[name], seconds),  # its threads are its own
         )
-        for name, seconds in trial.loader.stages.seconds().items()
+        for name, seconds in whole.items()
     ]
+
+
+def stage_seconds(trial: Trial, *, steps: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Returns seconds an image takes in each stage, by a clock, of the loader with nothing beside it."""
+    stages = trial.loader.stages
+    stages.clock = clock
+    try:
+        before = stages.seconds()
+        trial.loader_alone(steps)
+        after = stages.seconds()
+    finally:
+        stages.clock = time.perf_counter
+    images = (steps + 2 + trial.ahead) * trial.config.batch.global_size / trial.ranks.world_size
+    return {name: (seconds - before.get(name, 0.0)) / images for name, seconds in after.items()}
 
 
 def evidence_of(config: RunConfig, ranks: Ranks, found: Collected) -> Evidence:

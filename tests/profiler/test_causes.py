@@ -39,6 +39,20 @@ def evidence(
     )
 
 
+def test_predicted_step__what_waits_takes_no_core() -> None:
+    stages = [
+        Stage(name="read", seconds_per_image=0.002, threads=1, busy_seconds_per_image=0.00001),
+        Stage(name="decode", seconds_per_image=0.0002, threads=2, busy_seconds_per_image=0.0002),
+    ]
+    found = replace(evidence(real=200, resident=100, cached=200, crowded=140), stages=stages)
+    # Nearly all of the loader's work is decoding: without the late store it slows the model down as before.
+    assert predicted_step(found, without="store") == pytest.approx(0.138, abs=0.001)
+    # Threads that wait need no cores of their own.
+    waits = [replace(stages[1], seconds_per_image=0.04, busy_seconds_per_image=0.001)]
+    few = replace(found, stages=waits, cores=2, loader_rate=50.0, modes=found.modes | {"real": times(2000)})
+    assert predicted_step(few, threads=8) == pytest.approx(0.5, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("cause", "found"),
     [
