@@ -11,13 +11,13 @@ class BatchNorm(nn.Module):
 
     Always by the statistics of the micro-batch on all ranks: nothing here is used after training, so there are no
     running ones.  (``nn.SyncBatchNorm`` keeps them, takes all views as one batch and refuses CPUs.)  Statistics are
-    float32 in any compute dtype.
+    float32 in any compute dtype.  Without ``affine`` nothing is scaled or shifted.
     """
 
-    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, *, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
         self.eps = eps
 
     def forward(self, values: Tensor) -> Tensor:
@@ -31,5 +31,6 @@ class BatchNorm(nn.Module):
         mean = means.mean(dim=0)
         variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
         normal = (wide - mean[:, None]) * (variance[:, None] + self.eps).rsqrt()
-        result: Tensor = torch.addcmul(self.bias.float(), normal, self.weight.float())
-        return result.to(values.dtype)
+        if self.weight is not None and self.bias is not None:
+            normal = torch.addcmul(self.bias.float(), normal, self.weight.float())
+        return normal.to(values.dtype)

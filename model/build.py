@@ -6,22 +6,27 @@ from typing import Any, Literal
 
 import torch
 
-from maestri.model import mae, maect, maskcluster, plmae
+from maestri.model import dino, ibot, mae, maect, maskcluster, mocov3, msn, plmae, sdae
+from maestri.model.dino import Dino, DinoConfig
 from maestri.model.encoder import Encoder, EncoderConfig, build_encoder
+from maestri.model.ibot import Ibot, IbotConfig
 from maestri.model.mae import Mae, MaeConfig
 from maestri.model.maect import Maect
 from maestri.model.maect_config import MaectConfig
 from maestri.model.maskcluster import Maskcluster, MaskclusterConfig
 from maestri.model.method import Method, ViewFacts
+from maestri.model.mocov3 import Mocov3, Mocov3Config
+from maestri.model.msn import Msn, MsnConfig
 from maestri.model.plmae import Plmae
 from maestri.model.plmae_config import PlmaeConfig
+from maestri.model.sdae import Sdae, SdaeConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodConfig:
     """Which method is trained, and the settings of each."""
 
-    name: Literal["plmae", "mae", "maect", "maskcluster"] = "plmae"
+    name: Literal["plmae", "mae", "maect", "maskcluster", "dino", "ibot", "sdae", "mocov3", "msn"] = "plmae"
     """The method; only its own section below is used."""
     plmae: PlmaeConfig = field(default_factory=PlmaeConfig)
     """PL-MAE."""
@@ -31,6 +36,16 @@ class MethodConfig:
     """MAE-CT."""
     maskcluster: MaskclusterConfig = field(default_factory=MaskclusterConfig)
     """MaskCluster."""
+    sdae: SdaeConfig = field(default_factory=SdaeConfig)
+    """SdAE."""
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    """DINO."""
+    ibot: IbotConfig = field(default_factory=IbotConfig)
+    """iBOT."""
+    mocov3: Mocov3Config = field(default_factory=Mocov3Config)
+    """MoCo-v3."""
+    msn: MsnConfig = field(default_factory=MsnConfig)
+    """MSN."""
 
 
 def check_views(config: MethodConfig, facts: ViewFacts) -> None:
@@ -67,4 +82,11 @@ _METHODS = {
     "maskcluster": _Entry(
         maskcluster.check_views, lambda config, encoder, steps, seed: Maskcluster(encoder, config, num_steps=steps)
     ),
+    "sdae": _Entry(
+        sdae.check_views, lambda config, encoder, steps, seed: Sdae(encoder, config, num_steps=steps, seed=seed)
+    ),
+    "dino": _Entry(dino.check_views, lambda config, encoder, steps, seed: Dino(encoder, config, num_steps=steps)),
+    "ibot": _Entry(ibot.check_views, lambda config, encoder, steps, seed: Ibot(encoder, config, num_steps=steps)),
+    "mocov3": _Entry(mocov3.check_views, lambda config, encoder, steps, seed: Mocov3(encoder, config, num_steps=steps)),
+    "msn": _Entry(msn.check_views, lambda config, encoder, steps, seed: Msn(encoder, config, num_steps=steps)),
 }

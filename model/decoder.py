@@ -42,7 +42,7 @@ class Decoder(nn.Module):
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList([Block(config.dim, config.heads, qkv_bias=True) for _ in range(config.depth)])
         self.grad_checkpointing = False  # as timm's encoder calls it
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.head = nn.Linear(config.dim, output_dim)
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():

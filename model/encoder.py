@@ -124,7 +124,12 @@ class Encoder(VisionTransformer):
             positions.requires_grad_(False)
 
     def forward(  # type: ignore[override]  # timm masks attention here; we leave tokens out
-        self, images: Tensor, visible: Tensor | None = None
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        *,
+        replaced: Tensor | None = None,
+        mask_token: Tensor | None = None,
     ) -> Tensor:
         """Returns ``batch 1+visible dim`` after the last norm, the class token first.
 
@@ -132,6 +137,8 @@ class Encoder(VisionTransformer):
             images: uint8 ``batch 3 height width``, 0–255, square; of another size than the encoder's own (local views),
                 positions are resampled.
             visible: int64 ``batch visible``, the tokens to encode; all of them when None.
+            replaced: bool ``batch visible``, tokens that become ``mask_token`` and then get their positions (iBOT).
+            mask_token: ``1 1 dim``; given with ``replaced``, and the caller's: an encoder to keep has none.
         """
         patches = to_patches(images, self.patch)
         all_positions = self._token("pos_embed")
@@ -139,7 +146,11 @@ class Encoder(VisionTransformer):
         if visible is not None:
             patches = take(patches, visible)
             positions = take(positions.expand(len(images), -1, -1), visible)
-        tokens = self._embed(patches) + positions
+        tokens = self._embed(patches)
+        if replaced is not None:
+            assert mask_token is not None
+            tokens = torch.where(replaced[..., None], mask_token.to(tokens.dtype), tokens)
+        tokens = tokens + positions
         class_token = (self._token("cls_token") + all_positions[:, :1]).expand(len(images), -1, -1)
         tokens = torch.cat([class_token, tokens], dim=1)
         tokens = run_blocks(self.blocks, tokens, recompute=self.grad_checkpointing)

@@ -56,7 +56,7 @@ class LevelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MomentumConfig:
-    """m of a teacher, from ``start`` to ``end`` along half a cosine over the run."""
+    """m of a teacher, from ``start`` to ``end`` over the run: along half a cosine, MSN's along a line."""
 
     start: float = 0.996
     """m at the first step; a half-life is log 2 / (1 − m) steps."""
@@ -167,6 +167,16 @@ def cosine_momentum(config: MomentumConfig, num_steps: int) -> Callable[[int], f
     def momentum(step: int) -> float:
         progress = min(1.0, step / max(1, num_steps))
         return config.end - (config.end - config.start) * (1 + math.cos(math.pi * progress)) / 2
+
+    return momentum
+
+
+def linear_momentum(config: MomentumConfig, num_steps: int) -> Callable[[int], float]:
+    """Returns step → m, from ``start`` to ``end`` along a line over ``num_steps``."""
+
+    def momentum(step: int) -> float:
+        progress = min(1.0, step / max(1, num_steps))
+        return config.start + progress * (config.end - config.start)
 
     return momentum
 

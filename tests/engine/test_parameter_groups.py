@@ -11,7 +11,7 @@ from maestri.model.method import Method
 from maestri.model.plmae_config import PlmaeConfig
 
 
-@pytest.fixture(params=["plmae", "mae", "one_teacher", "maskcluster"])
+@pytest.fixture(params=["plmae", "mae", "one_teacher", "maskcluster", "sdae", "dino", "ibot", "mocov3", "msn"])
 def method(request: pytest.FixtureRequest) -> Method:
     name = "plmae" if request.param == "one_teacher" else request.param
     plmae = PlmaeConfig(teachers="one" if request.param == "one_teacher" else "two")

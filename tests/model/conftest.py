@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from maestri.model.encoder import EncoderConfig
 from maestri.pipelines.batch import Batch
@@ -38,6 +40,45 @@ def make_batch() -> Callable[..., Batch]:
             rows=torch.arange(batch),
             position=0,
         )
+
+    return make
+
+
+@pytest.fixture
+def draw_weights() -> Callable[[nn.Module, int], None]:
+    """Fills a module's parameters, but for positions, in the order of their names: NumPy keeps RandomState's stream."""
+
+    def draw(module: nn.Module, seed: int) -> None:
+        stream = np.random.RandomState(seed)
+        for name, parameter in sorted(module.named_parameters()):
+            if "pos_embed" not in name:
+                is_gain = "norm" in name and name.endswith("weight")
+                values = 0.3 * stream.standard_normal(tuple(parameter.shape)) + is_gain
+                parameter.data.copy_(torch.from_numpy(values))
+
+    return draw
+
+
+@pytest.fixture
+def recorded_batch() -> Callable[..., tuple[Batch, Tensor]]:
+    """A batch from RandomState's stream, and the noise ``view batch token`` by which MAE hides the highest tokens."""
+
+    def make(*, views: int = 2, batch: int = 3, num_masked: int = 12) -> tuple[Batch, Tensor]:
+        stream = np.random.RandomState(0)
+        images = torch.from_numpy(stream.randint(0, 256, (views, batch, 3, SIZE, SIZE)).astype(np.uint8))
+        noise = torch.from_numpy(stream.standard_normal((views, batch, (SIZE // PATCH) ** 2)))
+        order, num_visible = noise.argsort(-1), noise.shape[-1] - num_masked
+        masked = order[..., num_visible:].sort(-1).values
+        made = Batch(
+            views={"global": images},
+            token_mask={"global": torch.zeros(order.shape, dtype=torch.bool).scatter_(-1, masked, True)},
+            visible={"global": order[..., :num_visible].sort(-1).values},
+            masked={"global": masked},
+            labels=torch.full((batch,), -1),
+            rows=torch.arange(batch),
+            position=0,
+        )
+        return made, noise
 
     return make
 

@@ -1,4 +1,4 @@
-"""Run by test_collectives.py on one or two ranks: labels, codes, ME-MAX and MaskCluster of the same global micro-batch.
+"""Run by test_collectives.py on one or two ranks: labels, codes, ME-MAX and methods on one global micro-batch.
 
 Usage: ranks_program.py RANK WORLD_SIZE PORT_FILE OUT
 """
@@ -13,8 +13,10 @@ from maestri.model.codebook import Codebook
 from maestri.model.collectives import gather_over_ranks_with_gradient, sum_over_ranks
 from maestri.model.encoder import EncoderConfig, build_encoder
 from maestri.model.heads import HeadConfig, standardised
+from maestri.model.ibot import Ibot, IbotConfig
 from maestri.model.levels import LevelConfig
 from maestri.model.maskcluster import Maskcluster, MaskclusterConfig
+from maestri.model.method import Method
 from maestri.pipelines.batch import Batch
 
 
@@ -47,7 +49,38 @@ def maskcluster(class_balance: Balance, patch_balance: Balance, rank: int, world
         rows=torch.arange(8)[share],
         position=0,
     )
-    targets = method.targets(batch, 0)
+    found = step_of(method, batch, world_size)
+    return {f"maskcluster, {class_balance}: {name}": value for name, value in found.items()}
+
+
+def ibot(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Returns loss and gradients, as the engine averages them over ranks, and centres, by name."""
+    torch.manual_seed(0)
+    level = LevelConfig(
+        head=HeadConfig(hidden=16, layers=2, bottleneck=8, prototypes=12), balance="centring", me_max=0.5
+    )
+    encoder = build_encoder(EncoderConfig(patch=4, dim=16, depth=1, heads=2), image_size=16)
+    method = Ibot(encoder, IbotConfig(class_level=level, patch_level=level), num_steps=10)
+    views = {"global": torch.randint(256, (2, 8, 3, 16, 16)), "local": torch.randint(256, (3, 8, 3, 8, 8))}
+    # One rank hides few tokens, the other many; some views hide none.
+    hidden = torch.rand(2, 8, 16) < torch.tensor([0, 0, 0.1, 0.2, 0, 0.5, 0.6, 0.7])[:, None]
+    share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
+    batch = Batch(
+        views={name: pixel[:, share].to(torch.uint8) for name, pixel in views.items()},
+        token_mask={"global": hidden[:, share]},
+        visible={},
+        masked={},
+        labels=torch.zeros(8)[share],
+        rows=torch.arange(8)[share],
+        position=0,
+    )
+    return {f"ibot: {name}": value for name, value in step_of(method, batch, world_size).items()}
+
+
+def step_of(method: Method, batch: Batch, world_size: int) -> dict[str, torch.Tensor]:
+    """Returns loss, metrics and gradients, averaged over ranks, and centres, by name."""
+    with torch.no_grad():
+        targets = method.targets(batch, 0)
     loss, metrics = method.loss(method.student(batch), targets, 0)
     loss.backward()
     method.commit()
@@ -55,8 +88,7 @@ def maskcluster(class_balance: Balance, patch_balance: Balance, rank: int, world
     averaged = {"loss": loss.detach()} | metrics
     averaged |= {f"gradient of {name}": gradient for name, gradient in gradients.items() if gradient is not None}
     found = {name: sum_over_ranks(value) / world_size for name, value in averaged.items()}
-    found |= {f"{name}_centre": buffer for name, buffer in method.state.named_buffers()}
-    return {f"maskcluster, {class_balance}: {name}": value for name, value in found.items()}
+    return found | {f"{name}_centre": buffer for name, buffer in method.state.named_buffers()}
 
 
 def main(rank: int, world_size: int, store: str, out: str) -> None:
@@ -100,6 +132,7 @@ def main(rank: int, world_size: int, store: str, out: str) -> None:
     }
     for balances in (("sinkhorn", "centring"), ("centring", "sinkhorn")):
         result |= maskcluster(*balances, rank, world_size)
+    result |= ibot(rank, world_size)
     torch.save(result, f"{out}.{rank}")
     if world_size > 1:
         dist.barrier()

@@ -31,6 +31,14 @@ def test_batch_norm__each_view_is_torchs_on_its_own():
         torch.testing.assert_close(getattr(own, name).grad, getattr(other, name).grad, rtol=1e-5, atol=1e-4)
 
 
+def test_batch_norm__without_affine_is_torchs_without():
+    own, values = BatchNorm(6, affine=False), noise(2, 16, 6)
+    assert not list(own.parameters())
+    other = nn.BatchNorm1d(6, affine=False).train()
+    torch.testing.assert_close(own(values), torch.stack([other(view) for view in values]), rtol=1e-5, atol=1e-5)
+    assert own(values.bfloat16()).dtype == torch.bfloat16
+
+
 def test_batch_norm__statistics_are_float32_in_bf16():
     own, _ = pair(4)
     # bf16 holds 8 bits: a sum of squares of 1000 ± 1 taken in it would be noise.

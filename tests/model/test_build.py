@@ -5,13 +5,18 @@ import torch
 
 from maestri.model.build import MethodConfig, build_method, check_views
 from maestri.model.decoder import DecoderConfig
+from maestri.model.dino import DinoConfig
 from maestri.model.heads import HeadConfig
+from maestri.model.ibot import IbotConfig
 from maestri.model.levels import LevelConfig
 from maestri.model.mae import MaeConfig
 from maestri.model.maect_config import MaectConfig
 from maestri.model.maskcluster import MaskclusterConfig
 from maestri.model.method import ViewFacts
+from maestri.model.mocov3 import Mocov3Config
+from maestri.model.msn import MsnConfig
 from maestri.model.plmae_config import PlmaeConfig, ReconstructionConfig
+from maestri.model.sdae import SdaeConfig
 
 SMALL_HEAD = HeadConfig(hidden=16, layers=2, bottleneck=8, prototypes=8)
 DECODER = DecoderConfig(dim=16, depth=1, heads=2)
@@ -24,7 +29,18 @@ def small(name):
     )
     maskcluster = MaskclusterConfig(class_level=level, patch_level=level)
     maect = MaectConfig(projector_hidden=8, projection=8, predictor_hidden=8, queue_size=8)
-    return MethodConfig(name=name, plmae=plmae, mae=MaeConfig(decoder=DECODER), maskcluster=maskcluster, maect=maect)
+    return MethodConfig(
+        name=name,
+        plmae=plmae,
+        mae=MaeConfig(decoder=DECODER),
+        maskcluster=maskcluster,
+        sdae=SdaeConfig(decoder=DECODER, update_every=1),
+        maect=maect,
+        dino=DinoConfig(class_level=level),
+        ibot=IbotConfig(class_level=level, patch_level=level),
+        mocov3=Mocov3Config(hidden=8, projection=8),
+        msn=MsnConfig(hidden=8, projection=8, prototypes=8),
+    )
 
 
 NAMES = get_args(get_type_hints(MethodConfig)["name"])
@@ -53,10 +69,15 @@ def test_build_method__weights_depend_on_the_seed_alone(encoder_config):
         ("plmae", {"num_views": 1}, r"views\.count is 1"),
         ("mae", {"num_masked": 0}, r"views\.mask\.ratio"),
         ("mae", {"num_masked": None}, r"views\.mask\.spread"),
+        ("sdae", {"num_masked": 2}, r"method\.sdae\.folds is 3"),
         ("mae", {"num_local": 2}, r"views\.local\.count is 2"),
         ("plmae", {"corrupted": True}, r"views\.corruption\.coverage"),
         ("maect", {"num_masked": 3}, r"views\.mask\.ratio"),
         ("maskcluster", {"corrupted": False}, r"views\.corruption\.coverage is 0"),
+        ("dino", {"num_masked": 3}, r"views\.mask\.ratio"),
+        ("ibot", {"num_masked": 0}, r"views\.mask\.ratio"),
+        ("mocov3", {"num_masked": 3}, r"views\.mask\.ratio"),
+        ("msn", {"num_views": 1}, r"views\.count is 1"),
     ],
 )
 def test_check_views__names_the_field(name, views, field):
@@ -66,6 +87,7 @@ def test_check_views__names_the_field(name, views, field):
 
 def test_check_views__enough():
     check_views(MethodConfig(name="mae"), ViewFacts(num_views=1, num_masked=3))
+    check_views(MethodConfig(name="sdae"), ViewFacts(num_views=1, num_masked=3))
     check_views(MethodConfig(name="plmae"), ViewFacts(num_views=2, num_masked=3))
     check_views(MethodConfig(name="maskcluster"), ViewFacts(num_views=2, num_local=10, corrupted=True, num_masked=None))
     check_views(MethodConfig(name="maect"), ViewFacts(num_views=2, num_masked=0))

@@ -32,12 +32,12 @@ def test_two_ranks__per_sample_results_equal_one_rank(results, name):
     torch.testing.assert_close(torch.cat([two[0][name], two[1][name]]), one[name], **TOLERANCE)
 
 
-@pytest.mark.parametrize("class_balance", ["sinkhorn", "centring"])
-def test_two_ranks__maskcluster_equals_one_rank(results, class_balance):
+@pytest.mark.parametrize("method", ["maskcluster, sinkhorn", "maskcluster, centring", "ibot"])
+def test_two_ranks__a_method_s_step_equals_one_rank(results, method):
     one, two = results
-    names = {name for name in one if name.startswith(f"maskcluster, {class_balance}: ")}
+    names = {name for name in one if name.startswith(f"{method}: ")}
     for part in ("loss", "me_max_class", "me_max_patch", "gradient of encoder.cls_token", "patch_level.center_centre"):
-        assert f"maskcluster, {class_balance}: {part}" in names
+        assert f"{method}: {part}" in names
     assert sum("gradient" in name for name in names) > 20
     for name in sorted(names):
         assert torch.equal(two[0][name], two[1][name]), name

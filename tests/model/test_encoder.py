@@ -44,6 +44,21 @@ def test_forward__hidden_pixels_change_nothing(encoder_config):
     assert not torch.allclose(before, other)
 
 
+def test_forward__a_replaced_patch_keeps_its_position_and_nothing_else(encoder_config):
+    encoder = build_encoder(encoder_config, image_size=16).eval()
+    pixels, token = images(), torch.full((1, 1, 32), 0.5)
+    changed = pixels.clone()
+    changed[:, :, :4, 4:8] ^= 255  # patch 1
+    first, second = torch.zeros(2, 3, 16, dtype=torch.bool)
+    first[:, 1] = second[:, 2] = True
+    with torch.no_grad():
+        before, after = (encoder(image, replaced=first, mask_token=token) for image in (pixels, changed))
+        elsewhere, whole = encoder(pixels, replaced=second, mask_token=token), encoder(pixels)
+        none = encoder(pixels, replaced=torch.zeros_like(first), mask_token=token)
+    assert torch.equal(before, after) and torch.equal(none, whole)
+    assert not torch.allclose(before, whole) and not torch.allclose(before[:, 2], elsewhere[:, 3])
+
+
 def test_to_patches__row_major():
     pixels = images()
     patches = to_patches(pixels, 4)

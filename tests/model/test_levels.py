@@ -12,6 +12,7 @@ from maestri.model.levels import (
     cosine_momentum,
     level_loss,
     level_monitors,
+    linear_momentum,
     new_assigner,
     other_views,
     teacher_temperature,
@@ -22,6 +23,11 @@ def test_cosine_momentum__ends_where_it_should():
     momentum = cosine_momentum(MomentumConfig(start=0.9, end=1.0), 100)
     assert momentum(0) == pytest.approx(0.9) and momentum(50) == pytest.approx(0.95) and momentum(100) == 1.0
     assert momentum(1000) == 1.0
+
+
+def test_linear_momentum__ends_where_it_should():
+    momentum = linear_momentum(MomentumConfig(start=0.9, end=1.0), 100)
+    assert [momentum(step) for step in (0, 25, 100, 1000)] == pytest.approx([0.9, 0.925, 1.0, 1.0])
 
 
 def test_teacher_temperature__rises_then_stays():

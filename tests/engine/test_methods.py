@@ -1,0 +1,42 @@
+"""Every method trains in the engine: on two ranks, at ZeRO 0, 1 and 3 alike, and its teachers move."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "methods_program.py"
+METHODS = ("maskcluster", "sdae", "dino", "ibot", "mocov3", "msn")  # test_ranks.py has PL-MAE, test_maect.py MAE-CT
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("methods")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, *launcher, str(PROGRAM), str(out), *METHODS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_step__a_method_has_the_same_losses_at_each_stage(found: list[dict[str, Any]], method: str) -> None:
+    first, *others = (found[0][f"{method} {stage}"]["losses"] for stage in (0, 1, 3))
+    assert all(math.isfinite(loss) for loss in first)
+    assert len(set(first)) == len(first)
+    for losses in others:
+        assert losses == pytest.approx(first, rel=2e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_step__teachers_move_alike_on_both_ranks(found: list[dict[str, Any]], method: str) -> None:
+    for stage in (0, 1, 3):
+        moved = [report[f"{method} {stage}"]["moved"] for report in found]
+        assert moved[0] == moved[1]
+        assert moved[0] and all(moved[0].values())
