@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-ROOMS = ("shards", "pipelines", "model", "engine", "profiler", "evals", "cli", "configs")
+ROOMS = ("shards", "pipelines", "model", "engine", "profiler", "evals", "study", "cli", "configs")
 
 
 def packages() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The ``maestri`` command: finds the room that a subcommand lives in, and imports nothing else."""
 
 import importlib
+import os
 import sys
 from importlib import metadata
 
@@ -8,7 +9,8 @@ COMMANDS = {
     "shards": ("maestri.shards.cli", "convert, inspect and verify data sets"),
     "pipelines": ("maestri.pipelines.cli", "look at the views and masks a model sees"),
     "eval": ("maestri.evals.cli", "judge what was learnt: k-NN, linear, low-shot, clusters"),
-    "profile": ("maestri.profiler.cli", "where the time of training goes: what teachers cost"),
+    "profile": ("maestri.profiler.cli", "where time and memory of training go, and why"),
+    "study": ("maestri.study.cli", "methods side by side: equal images, equal minutes, one report"),
     "plan": ("maestri.profiler.plan_cli", "memory that a run will need, and what fits, before it is run"),
     "export": ("maestri.engine.export", "write a trained encoder for timm"),
 }
@@ -36,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"maestri: unknown command '{arguments[0]}'; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return USAGE_ERROR
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     module = importlib.import_module(COMMANDS[arguments[0]][0])
     try:
         return int(module.run(arguments[1:]))

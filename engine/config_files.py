@@ -6,10 +6,10 @@ import difflib
 import io
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from omegaconf import OmegaConf
@@ -25,32 +25,44 @@ RECORDED_PACKAGES += ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
 def field_paths(schema: type, prefix: str = "") -> Iterator[str]:
-    """Yields every ``section.field`` of a dataclass, sections themselves included."""
+    """Yields every ``section.field`` of a dataclass, sections themselves too; ``*`` stands for a name in a dict."""
     hints = get_type_hints(schema)
     for item in dataclasses.fields(schema):
         path = prefix + item.name
         yield path
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from field_paths(hints[item.name], f"{path}.")
+        kind = hints[item.name]
+        if get_origin(kind) is dict:
+            path, kind = f"{path}.*", get_args(kind)[1]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from field_paths(kind, f"{path}.")
 
 
 def did_you_mean(wrong: str, known: Sequence[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the known name nearest to a wrong one, or an empty string."""
     close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
     if not close:
-        leaf = wrong.rpartition(".")[2]
-        same_leaf = [path for path in known if path.rpartition(".")[2] == leaf]
-        close = same_leaf[:1]
+        leaves = {path.rpartition(".")[2]: path for path in reversed(known)}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(wrong.rpartition(".")[2], leaves, n=1, cutoff=0.8)]
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def load_config(path: str | Path, arguments: Sequence[str] = ()) -> RunConfig:
-    """Returns a run's configuration from a YAML file and flags; see ``load``."""
-    return load(RunConfig, path, arguments)
+def load_config(
+    path: str | Path, arguments: Sequence[str] = (), *, settings: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Returns a run's configuration from a YAML file, settings and flags; see ``load``."""
+    return load(RunConfig, path, arguments, settings=settings)
 
 
-def load(schema: type[Config], path: str | Path, arguments: Sequence[str] = ()) -> Config:
-    """Returns the configuration: the schema's defaults, the YAML file over them, then ``--section.field VALUE`` flags.
+def load(
+    schema: type[Config], path: str | Path, arguments: Sequence[str] = (), *, settings: Mapping[str, Any] | None = None
+) -> Config:
+    """Returns the configuration: the schema's defaults, the YAML file over them, then settings, then flags.
+
+    Args:
+        schema: a dataclass.
+        path: of the YAML file.
+        arguments: ``--section.field VALUE`` flags.
+        settings: values by ``section.field``, as a program gives them.
 
     Raises:
         ValueError: missing or unreadable file, unknown key or flag, wrong type or value; one line that names it.
@@ -58,15 +70,19 @@ def load(schema: type[Config], path: str | Path, arguments: Sequence[str] = ()) 
     """
     known = list(field_paths(schema))
     _check_flags(arguments, known)
-    return _apply_flags(_read(Path(path), arguments, schema, known), arguments)
+    config = _read(Path(path), arguments, schema, known, settings or {})
+    return _apply_flags(config, arguments) if arguments else config
 
 
-def _read(path: Path, arguments: Sequence[str], schema: type[Config], known: Sequence[str]) -> Config:
-    """Returns the defaults with the file over them; required fields may also be among the flags."""
+def _read(
+    path: Path, arguments: Sequence[str], schema: type[Config], known: Sequence[str], settings: Mapping[str, Any]
+) -> Config:
+    """Returns the defaults with file and settings over them; required fields may also be among the flags."""
     if not path.is_file():
         raise ValueError(f"there is no configuration {path}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
+        given = [_nested(name, value) for name, value in settings.items()]
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), *given)
         for name in OmegaConf.missing_keys(merged):  # a whole section first, then the fields that it lacks
             if any(path.startswith(f"{name}.") for path in known):
                 merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([f"{name}={{}}"]))
@@ -92,6 +108,14 @@ def _read(path: Path, arguments: Sequence[str], schema: type[Config], known: Seq
     except ValueError as error:  # a range check of the configuration itself
         raise ValueError(f"{path}: {_first_line(error)}") from None
     return config
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    """Returns ``{"section": {"field": value}}`` of ``section.field``."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    nested: dict[str, Any] = value
+    return nested
 
 
 def _first_line(error: Exception) -> str:

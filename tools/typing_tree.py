@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("shards", "pipelines", "model", "engine", "profiler", "evals", "cli", "configs")
+ROOMS = ("shards", "pipelines", "model", "engine", "profiler", "evals", "study", "cli", "configs")
 
 
 def main() -> int:

@@ -1,0 +1,1 @@
+"""Compares methods: runs of several recipes, side by side, on equal budgets."""
