@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/profile_predictions.py CONFIG [--rounds 6] [--steps 6] [--section.field VALUE …]
 
-For each bottleneck the recipe is profiled with it, the step after the fix is predicted, and then bottleneck and fix are
-run in turns.  The ratio is predicted / measured, the measured step being the median over rounds of a round's mean;
-beside it, what the fixed side's rounds differ by.
+For each bottleneck the recipe is profiled with it, in turns with the step after the fix, which the profile predicts.  The
+ratio is predicted / measured, a step being the median over rounds of a round's mean; beside it, the middle half of the
+fixed side's rounds.
 """
 
 import argparse
@@ -149,43 +149,37 @@ def bottlenecks(pause: float) -> list[Bottleneck]:
     ]
 
 
-def evidence_of(trial: Trial, steps: int, rounds: int) -> Evidence:
-    """Returns what is known of a trial with its present loader."""
-    found: dict[str, list[tuple[list[float], float]]] = {name: [] for name in MODES}
+def measure(trial: Trial, planted: Bottleneck, steps: int, rounds: int) -> tuple[str, ...]:
+    """Returns a row of the table; each round has the modes with the bottleneck, and the step after the fix."""
+    slow, fixed = planted.slow(trial.config), planted.fixed(trial.config)
+    lifted = () if planted.fix_lifts else planted.delays
+    resident = planted.name.endswith("resident batch")
+    found: dict[str, list[tuple[list[float], float]]] = {name: [] for name in (*MODES, "fixed")}
     rates = []
     for _ in range(rounds):
-        rates.append(trial.loader_alone(steps))
-        for name in MODES:
-            found[name].append(trial.mode(name, steps, lambda: None))
-    return Evidence(
-        modes={name: mode_times(times) for name, times in found.items()},
-        images=trial.config.batch.global_size,
+        with delayed(planted.delays), other_loader(trial, slow):
+            rates.append(trial.loader_alone(steps))
+            for name in MODES:
+                found[name].append(trial.mode(name, steps, lambda: None))
+        with delayed(lifted), other_loader(trial, fixed):
+            found["fixed"].append(trial.mode(RESIDENT if resident else REAL, steps, lambda: None))
+    with delayed(planted.delays), other_loader(trial, slow):
+        stages = stages_of(trial, steps=steps)
+    evidence = Evidence(
+        modes={name: mode_times(found[name]) for name in MODES},
+        images=slow.batch.global_size,
         world_size=1,
-        stages=stages_of(trial, steps=steps),
+        stages=stages,
         loader_rate=statistics.median(rates),
         parts={},
         cores=len(os.sched_getaffinity(0)),
-        num_threads=trial.config.data.num_threads,
-        read_threads=trial.config.data.read_threads,
+        num_threads=slow.data.num_threads,
+        read_threads=slow.data.read_threads,
         on_gpu=False,
     )
-
-
-def measure(trial: Trial, planted: Bottleneck, steps: int, rounds: int) -> tuple[str, ...]:
-    """Returns a row of the table."""
-    slow, fixed = planted.slow(trial.config), planted.fixed(trial.config)
-    resident = planted.name.endswith("resident batch")
-    with delayed(planted.delays), other_loader(trial, slow):
-        evidence = evidence_of(trial, steps, rounds)
-    times: dict[str, list[tuple[list[float], float]]] = {"slow": [], "fixed": []}
-    for _ in range(rounds):
-        with delayed(planted.delays), other_loader(trial, slow):
-            times["slow"].append(trial.mode(REAL, steps, lambda: None))
-        with delayed(() if planted.fix_lifts else planted.delays), other_loader(trial, fixed):
-            times["fixed"].append(trial.mode(RESIDENT if resident else REAL, steps, lambda: None))
-    before, after = mode_times(times["slow"]), mode_times(times["fixed"])
+    before, after = evidence.modes[REAL], mode_times(found["fixed"])
     expected = planted.predicted(evidence)
-    spread = (max(after.means) - min(after.means)) / 2 / after.step
+    middle = statistics.quantiles(after.means, n=4)
     return (
         planted.name,
         judge(evidence).cause,
@@ -193,7 +187,7 @@ def measure(trial: Trial, planted: Bottleneck, steps: int, rounds: int) -> tuple
         f"{1e3 * expected:,.0f}",
         f"{1e3 * after.step:,.0f}",
         f"{expected / after.step:.2f}",
-        f"± {spread:.0%}",
+        f"{1e3 * middle[0]:,.0f} to {1e3 * middle[2]:,.0f}",
     )
 
 
@@ -209,7 +203,7 @@ def main() -> None:
     device = distributed.prepare_environment("cpu")
     torch.set_num_threads(max(1, config.engine.threads))
     ranks = distributed.start(device, timeout_minutes=10)
-    columns = ("bottleneck; fix", "found", "step, ms", "predicted", "fixed", "ratio", "rounds")
+    columns = ("bottleneck; fix", "found", "step, ms", "predicted", "fixed", "ratio", "fixed, middle half")
     table = Table(*columns, title=str(arguments.config))
     with tempfile.TemporaryDirectory() as folder, opened_trial(config, ranks, Path(folder)) as trial:
         for planted in bottlenecks(arguments.pause / 1000):

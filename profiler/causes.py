@@ -135,10 +135,11 @@ def _model(evidence: Evidence, factors: Mapping[str, float], threads: int, reade
     # What a stage waits for takes nothing from the model.
     share = sum(busy[group] * factors[group] for group in GROUPS) / whole if whole else 0.0
     beside = resident + max(0.0, crowded - resident) * share
-    # The loader may be slower than its slowest stage: threads wait for each other, or do what no stage counts.
+    # The loader may be slower than its slowest stage: threads wait for each other, or do what no stage counts.  More of
+    # them do not shorten that.
     explained = _pace(evidence, dict.fromkeys(GROUPS, 1.0), evidence.num_threads, evidence.read_threads)
-    friction = max(1.0, 1.0 / (evidence.loader_rate * explained)) if explained else 1.0
-    return max(beside, evidence.images * friction * _pace(evidence, factors, threads, readers))
+    rest = max(0.0, 1.0 / evidence.loader_rate - explained)
+    return max(beside, evidence.images * (rest + _pace(evidence, factors, threads, readers)))
 
 
 def _pace(evidence: Evidence, factors: Mapping[str, float], threads: int, readers: int) -> float:
