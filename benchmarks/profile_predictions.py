@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/profile_predictions.py CONFIG [--rounds 6] [--steps 6] [--section.field VALUE …]
 
-For each bottleneck the recipe is profiled with it, in turns with the step after the fix, which the profile predicts.  The
-ratio is predicted / measured, a step being the median over rounds of a round's mean; beside it, the middle half of the
-fixed side's rounds.
+For each bottleneck the recipe is profiled with it, in turns with the step after the fix, which the profile predicts.
+The ratio is predicted / measured, a step being the median over rounds of a round's mean; beside it, the middle half of
+the fixed side's rounds.
 """
 
 import argparse

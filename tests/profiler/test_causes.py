@@ -96,7 +96,7 @@ def test_predicted_step__halves_with_twice_the_threads_until_the_model_is_the_li
 
 
 def test_predicted_step__loader_slower_than_its_stages() -> None:
-    """At 500 images/s the loader takes 200 ms for a step, of which its stages explain 100: the rest no thread shortens."""
+    """At 500 images/s a step takes the loader 200 ms, of which stages explain 100: the rest no thread shortens."""
     found = evidence(real=200, resident=60, cached=200, crowded=60, stages={"decode": 2.0}, loader_rate=500)
     assert predicted_step(found, threads=4) == pytest.approx(0.150)
     assert predicted_step(found, without="decode") == pytest.approx(0.100)
