@@ -105,7 +105,8 @@ class Display:
 def _figures(row: Mapping[str, float], remaining: float) -> list[str]:
     figures = [f"{row['images_per_second']:,.0f} images/s", f"data wait {100 * row['data_wait']:.1f} %"]
     memory = row.get("device_bytes", row["host_bytes"])
-    figures += [f"utilisation {100 * row['utilisation']:.0f} %", f"memory {memory / 1e9:.1f} GB"]
+    figures += [f"utilisation {100 * row['utilisation']:.0f} %"] if "utilisation" in row else []
+    figures += [f"memory {memory / 1e9:.1f} GB"]
     figures += [f"left {duration(remaining)}"]
     figures += [f"{name} {value:.4g}" for name, value in row.items() if name.startswith(SHOWN)]
     return figures

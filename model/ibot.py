@@ -172,12 +172,13 @@ class Ibot:
     def monitors(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns what tells of collapse: each level's monitors, before balancing, and RankMe of the class token."""
         figures = {"rank_me": rank_me(outputs["class_token"])}
+        temperatures = {"class": self._config.temperature, "patch": self._config.patch_temperature}
         for name in self._assigners:
             figures |= level_monitors(
                 name,
                 student=outputs[f"{name}_scores"],
                 teacher=targets[f"{name}_scores"],
-                temperature=self._config.temperature.student,
+                temperature=temperatures[name].student,
             )
         return figures
 

@@ -211,5 +211,8 @@ def cross_view_labels(labels: Tensor, *, num_views: int, num_local: int) -> tupl
     total = by_view.sum(dim=0)
     of_global = (total - by_view) / max(1, num_views - 1)
     of_local = (total / num_views).expand(num_local, *total.shape)
-    pairs = torch.tensor([num_views - 1.0] * num_views + [float(num_views)] * num_local, device=labels.device)
-    return torch.cat([of_global, of_local]).flatten(0, 1), pairs.repeat_interleave(by_view.shape[1])
+    size = by_view.shape[1]
+    # Made on the device: a copy from the host would wait for all that the device has still to do.
+    pairs = torch.full(((num_views + num_local) * size,), float(num_views), device=labels.device)
+    pairs[: num_views * size] = num_views - 1.0
+    return torch.cat([of_global, of_local]).flatten(0, 1), pairs

@@ -155,4 +155,7 @@ class Sdae:
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + first) % (1 << 63))
         keys = torch.rand((num_views, size * world_size(), num_masked), generator=generator)
         places = keys[:, rank() * size :][:, :size].flatten(0, 1).argsort(dim=-1)
-        return places[:, : num_masked - num_masked % self._config.folds].to(masked.device)
+        places = places[:, : num_masked - num_masked % self._config.folds]
+        if masked.is_cuda:  # from pinned memory the copy does not wait for what the GPU has still to do
+            return places.pin_memory().to(masked.device, non_blocking=True)
+        return places.to(masked.device)

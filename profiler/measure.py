@@ -195,10 +195,10 @@ def measure_memory(trial: Trial, found: Collected) -> None:
     curve = step_curve(trial.parts, trial.resident, found.memory, lambda: trial.step(batches))
     found.memory_peak, found.memory_curve = peak_by_part(curve), thinned(curve)
     found.memory["data path"] = trial.data_path_bytes["device"]
-    found.host_memory = host_bytes(trial.ranks) | {
-        "data path": trial.data_path_bytes["host"],
-        "page cache": bytes_in_page_cache(trial.shard_set),
-    }
+    found.host_memory = host_bytes(trial.ranks) | {"data path": trial.data_path_bytes["host"]}
+    cached = bytes_in_page_cache(trial.shard_set)
+    if cached is not None:
+        found.host_memory["page cache"] = cached
     with torch.compiler.set_stance("force_eager"), WaitFinder(trial.ranks.device) as waits:
         trial.step(batches)
     found.waits = waits.waits

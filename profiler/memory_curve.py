@@ -54,7 +54,7 @@ def memory_curve(
             held += event.nbytes()
             when = event.start_ns()
             found.append(Moment(seconds=max(0, when - began) / 1e9, bytes=held, part=changes.part_at(when)))
-    return thinned(found)
+    return found
 
 
 def thinned(moments: Sequence[Moment], *, most: int = MOST_MOMENTS) -> list[Moment]:

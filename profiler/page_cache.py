@@ -21,13 +21,18 @@ def drop_from_page_cache(shard_set: ShardSet) -> None:
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def bytes_in_page_cache(shard_set: ShardSet) -> int:
-    """Returns how many bytes of a set's shards lie in the page cache.
+def bytes_in_page_cache(shard_set: ShardSet) -> int | None:
+    """Returns how many bytes of a set's shards lie in the page cache; None where that is not told.
 
-    Raises:
-        OSError: a shard cannot be opened.
+    Linux tells it only to those who own a file or may write to it, and some file systems to nobody.
     """
-    return sum(_cached_bytes(handle) for handle in _opened(shard_set))
+    paths = [shard_set.path_of(number) for number in range(len(shard_set.manifest.shards))]
+    try:
+        if not all(path.stat().st_uid == os.geteuid() or os.access(path, os.W_OK) for path in paths):
+            return None
+        return sum(_cached_bytes(handle) for handle in _opened(shard_set))
+    except OSError:
+        return None
 
 
 def _opened(shard_set: ShardSet) -> Iterator[int]:
@@ -48,7 +53,7 @@ def _cached_bytes(handle: int) -> int:
         target = is_cached.ctypes.data_as(ctypes.c_void_p)
         # mincore(2): the lowest bit of each page's byte.
         if ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), target):
-            return 0
+            raise OSError("mincore failed")
     return int((is_cached & 1).sum()) * mmap.PAGESIZE
 
 

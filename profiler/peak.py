@@ -65,7 +65,9 @@ def product_rate(
 ) -> float:
     """Returns FLOPs per second of the product of two square matrices, large enough to take ``long_enough`` seconds."""
     side = _long_enough_side(device, dtype, long_enough)
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    # Of their own: how many are drawn depends on the machine, and training must not.
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     products = seconds_of(lambda: torch.mm(left, right, out=out), device=device, repeats=repeats, clock=clock)
     return 2 * side**3 / statistics.median(products)

@@ -54,7 +54,7 @@ class WaitFinder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         operation = _operation(function.overloadpacket, arguments, keywords or {})
-        if operation and arguments[0].device.type == self._device:
+        if operation and (operation == "copy" or arguments[0].device.type == self._device):
             place = _place(sys._getframe(1))
             if place:
                 self._found[place, operation] += 1
@@ -66,15 +66,16 @@ def _operation(packet: Any, arguments: Any, keywords: Any) -> str:
         isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(arguments[1])
     ):
         return "index by bool"
-    if packet is _aten._to_copy and _leaves_the_device(arguments[0], keywords):
-        return "cpu"
+    if packet is _aten._to_copy and _crosses(arguments[0].device, keywords):
+        return "copy"
     return OPERATIONS.get(packet, "")
 
 
-def _leaves_the_device(tensor: torch.Tensor, keywords: Any) -> bool:
-    device = keywords.get("device")
-    goes_to_host = device is not None and torch.device(device).type == "cpu"
-    return goes_to_host and tensor.device.type != "cpu" and not keywords.get("non_blocking", False)
+def _crosses(device: torch.device, keywords: Any) -> bool:
+    """Returns whether a copy goes from host to device or back, and is waited for."""
+    to = keywords.get("device")
+    crosses = to is not None and torch.device(to).type != device.type
+    return crosses and not keywords.get("non_blocking", False)
 
 
 def _place(frame: FrameType | None) -> str:

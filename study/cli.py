@@ -86,6 +86,9 @@ def _study(study: StudyConfig, arguments: StudyArguments, console: Console) -> i
         program = _program(arguments.program)
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
+            # Before steps are timed, what can be known without.
+            sized = runs_of(study, entries, {stage.key: 60.0 for entry in entries for stage in entry.stages})
+            check_places([run for run in sized if run.budget == "images"])
             costs = _timed(study, entries, console)
             try:
                 failed = _run(study, entries, costs, program, console)
@@ -122,8 +125,14 @@ def _timed(study: StudyConfig, entries: Sequence[Entry], console: Console) -> Co
     turns = sum(map(len, groups)) * (1 + study.timing.rounds)
     if not turns:
         return costs
-    console.print(f"timing the steps of {sum(map(len, groups))} stages, in turns", highlight=False)
     cores = cores_of_slots(study.jobs)[0]
+    timed_on = costs.hardware.get("cores", str(len(cores)))
+    if timed_on != str(len(cores)):
+        raise ValueError(
+            f"{path}: steps were timed on {timed_on} core(s) each, and jobs: {study.jobs} gives a run {len(cores)}: "
+            "minutes would not be equal; take jobs as it was, or delete that file and the runs in minutes"
+        )
+    console.print(f"timing the steps of {sum(map(len, groups))} stages, in turns", highlight=False)
     folder = path.with_name("timing")
     shown = console.is_terminal
     with Progress(transient=True, disable=not shown, console=console) as progress:

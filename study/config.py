@@ -11,7 +11,7 @@ from maestri.engine.config_files import load
 Budget = Literal["images", "minutes"]
 """What all runs of a comparison have equal."""
 
-NAME = re.compile(r"[\w.+=-]+")
+NAME = re.compile(r"(?!\.+$)[\w.+=-]+")
 """Names are folders' names, too."""
 
 

@@ -32,7 +32,7 @@ class Cost:
     """What a stage's step costs."""
 
     step_seconds: float
-    """Median over all rounds' steps."""
+    """Median over rounds of a round's mean step: what is done every few steps counts."""
     images: int
     """Per step."""
     peak_bytes: int
@@ -40,7 +40,7 @@ class Cost:
     teachers: tuple[str, ...]
     """Their roles."""
     rounds: tuple[float, ...]
-    """Each round's median seconds."""
+    """Each round's mean seconds."""
     measured: str
     """When."""
 
@@ -181,11 +181,11 @@ class _Worker:
             return
         costs.hardware = self._hardware
         costs.stages[self._stage.key] = Cost(
-            step_seconds=statistics.median(value for of_round in self._seconds for value in of_round),
+            step_seconds=statistics.median(map(statistics.fmean, self._seconds)),
             images=self._stage.config.batch.global_size,
             peak_bytes=rest["peak_bytes"],
             teachers=tuple(rest["teachers"]),
-            rounds=tuple(map(statistics.median, self._seconds)),
+            rounds=tuple(map(statistics.fmean, self._seconds)),
             measured=time.strftime("%Y-%m-%d %H:%M"),
         )
 

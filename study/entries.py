@@ -28,6 +28,7 @@ EQUAL = (
     "data.select",
     "engine.precision",
     "evaluation.crop_fraction",
+    "evaluation.temperature",
 )
 """What all stages of a set must have alike; of the encoder, ``drop_path`` may differ, which is the training's."""
 UNTIMED = ("out", "resume", "seed", "steps", "initial", "checkpoint", "evaluation", "logging")
@@ -118,7 +119,7 @@ def _read_entry(study: StudyConfig, set_name: str, name: str) -> Entry:
         if not Path(given.recipe).is_file():
             near = did_you_mean(given.recipe, [str(path) for path in Path(given.recipe).parent.glob("*.yaml")])
             raise ValueError(f"{where}: there is no recipe {given.recipe}{near}")
-        own = sorted({*of_set.settings, *given.settings} & set(OWN))
+        own = sorted(path for path in flat({**of_set.settings, **given.settings}) if path.startswith(OWN))
         if own:
             raise ValueError(f"{where}: {own[0]} is among the settings, but the study sets it by its own fields")
         try:
@@ -135,6 +136,15 @@ def _read_entry(study: StudyConfig, set_name: str, name: str) -> Entry:
     if entry.budget != "images" and of_set.budgets.minutes:
         budgets["minutes"] = of_set.budgets.minutes
     return Entry(set_name=set_name, name=name, stages=tuple(stages), seeds=entry.seeds, budgets=budgets)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields the ``section.field`` of each value, however a section is written."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def settings_of(study: StudyConfig, of_set: SetConfig, given: StageConfig) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import torch
 
 from maestri.engine import distributed
 from maestri.engine.checkpoint import latest
-from maestri.engine.config import RunConfig, as_plain
-from maestri.engine.config_files import load_config
+from maestri.engine.config import RunConfig
+from maestri.engine.config_files import load_config, read_config
 from maestri.engine.errors import CheckpointError
 from maestri.evals.features import Extractor, ImageSettings, encoder_extractor, extract_features, raw_pixels
 from maestri.evals.knn import KnnSettings, evaluate_knn
@@ -30,7 +30,7 @@ from maestri.evals.sources import RANDOM_INIT, RAW_PIXELS, saved_encoders, untra
 from maestri.shards.files import write_atomically
 from maestri.study.config import JudgingConfig
 from maestri.study.entries import lowshot_settings, splits_of
-from maestri.study.works import RECIPE
+from maestri.study.works import RECIPE, conditions
 
 
 def judge(run: Path, settings: JudgingConfig, *, untrained: bool) -> dict[str, Any]:
@@ -62,13 +62,15 @@ def judge(run: Path, settings: JudgingConfig, *, untrained: bool) -> dict[str, A
     models = tuple(extractors)
     sets = features(settings.train_images)
     reports = dict(_few_reports(sets, settings, Path(config.data.shards)))
-    about = {"settings": as_plain(settings), "step": step, "split": "test" if sets.test else "held-out"}
+    about = {"settings": conditions(settings, config), "step": step, "split": "test" if sets.test else "held-out"}
     about["images"] = len(sets.test.labels) if sets.test else sets.num_held_out
-    if untrained:
+    own = None if untrained else _own_knn(run, settings, config)
+    if own is None:
         knn = KnnSettings(k=(settings.k,), temperature=config.evaluation.temperature)
         reports = {"knn": evaluate_knn(features(0) if settings.train_images else sets, knn), **reports}
+    if untrained:
         return about | {"models": {model: _all_chosen(reports, (model,)) for model in models}}
-    return about | {"models": list(models), "found": {"knn": _own_knn(run), **_all_chosen(reports, models)}}
+    return about | {"models": list(models), "found": {"knn": own, **_all_chosen(reports, models)}}
 
 
 def _trained(config: RunConfig, run: Path, device: torch.device) -> tuple[dict[str, Extractor], int]:
@@ -84,8 +86,11 @@ def _untrained(config: RunConfig, device: torch.device) -> tuple[dict[str, Extra
     return {RAW_PIXELS: raw_pixels, RANDOM_INIT: encoder_extractor(untrained_encoder(config).to(device).eval())}, 0
 
 
-def _own_knn(run: Path) -> dict[str, Any]:
-    """Returns k-NN's figures at the end of a run's training, as ``_chosen`` gives others."""
+def _own_knn(run: Path, settings: JudgingConfig, config: RunConfig) -> dict[str, Any] | None:
+    """Returns k-NN's figures at the end of a run's training, as ``_chosen`` gives others; None if made otherwise."""
+    trained = read_config(run)
+    if trained.evaluation.k != (settings.k,) or conditions(settings, trained) != conditions(settings, config):
+        return None
     knn = json.loads((run / "summary.json").read_text(encoding="utf-8"))["knn"]
     model = knn["best_model"]
     at = knn["top1"][model]

@@ -91,9 +91,12 @@ def _shots(axes: "Axes", found: SetResult, cells: Sequence[Cell], styles: Mappin
 
 def _minutes(axes: "Axes", found: SetResult, cells: Sequence[Cell], styles: Mapping[str, dict[str, Any]]) -> None:
     for cell in cells:
-        curves = np.array([run.curve for run in cell.results.values()])
-        if not curves.size:
-            continue  # steps were not timed
+        runs = [run.curve for run in cell.results.values() if run.curve]
+        if not runs:
+            continue  # nothing is finished, or steps were not timed
+        # Seeds may have been evaluated at different steps, where the study was changed in between.
+        shared = set.intersection(*({minute for minute, _ in curve} for curve in runs))
+        curves = np.array([[point for point in curve if point[0] in shared] for curve in runs])
         minutes, accuracies = curves[0, :, 0], curves[:, :, 1]
         style, means = styles[cell.entry.name], accuracies.mean(axis=0)
         axes.plot(minutes[:-1], means[:-1], label=cell.entry.name, linewidth=1.2, **style)

@@ -70,7 +70,7 @@ def _head(study: StudyConfig, source: Path, costs: Costs, date: str) -> Iterator
     yield ""
     yield (
         f"Equal in all stages of a set: {', '.join(f'`{name}`' for name in EQUAL)}. At equal minutes a budget of time "
-        "is turned into steps by a step's median time, measured before anything was trained, stages in turns, with "
+        "is turned into steps by a step's time, measured before anything was trained, stages in turns, with "
         "nothing else of the study running; it counts training steps only, neither evaluations nor checkpoints nor "
         "starting. Choices of model, pooling and setting are made on held-out training images, by one rule for all."
     )
@@ -94,8 +94,8 @@ def _set_section(study: StudyConfig, found: SetResult, pictures: Sequence[str]) 
     yield from _cost_table(found)
     yield ""
     yield (
-        "Median steps of all rounds, and the rounds' own medians. Memory is the most that the process had above what "
-        "libraries take before anything is built; on a GPU the most that torch has allocated."
+        "The median over rounds of a round's mean step, and the lowest and highest round. Memory is the most that the "
+        "process had above what libraries take before anything is built; on a GPU the most that torch has allocated."
     )
     yield ""
     for name in pictures:

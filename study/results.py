@@ -15,7 +15,7 @@ from maestri.study.config import Budget, StudyConfig
 from maestri.study.costs import Cost, Costs
 from maestri.study.entries import Entry
 from maestri.study.plan import run_folder
-from maestri.study.works import JUDGEMENT, baseline_folder, reason_of
+from maestri.study.works import JUDGEMENT, baseline_folder, conditions, is_judged, reason_of
 
 BASELINE_NAMES = {RAW_PIXELS: "raw pixels", RANDOM_INIT: "untrained network"}
 """For people."""
@@ -143,10 +143,12 @@ def _cell(
     for seed in entry.seeds:
         folder = run_folder(Path(study.out), entry.set_name, budget, entry.name, seed)
         reason = reason_of(folder)
-        if reason or not (folder / JUDGEMENT).is_file():
-            holes[seed] = f"failed: {reason}" if reason else "not finished"
-        else:
+        if is_judged(folder, conditions(study.sets[entry.set_name].judging, entry.stages[-1].config)):
             results[seed] = _result(folder, entry, costs, baselines, images)
+        elif reason:
+            holes[seed] = f"failed: {reason}"
+        else:
+            holes[seed] = "judged by other settings" if (folder / JUDGEMENT).is_file() else "not finished"
     return Cell(entry=entry, budget=budget, results=results, holes=holes)
 
 

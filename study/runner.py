@@ -84,13 +84,14 @@ class Slot:
         task.folder.mkdir(parents=True, exist_ok=True)
         recipe = OmegaConf.to_yaml(OmegaConf.create(as_plain(task.config)))
         write_atomically(Path(task.config.out) / RECIPE, recipe.encode())
+        threads = str(max(1, task.config.engine.threads))
         with task.output.open("wb") as output:
             self._process = subprocess.Popen(
                 tied(task.command, self._cores),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(max(1, task.config.engine.threads))},
+                env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
         return True

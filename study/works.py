@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from maestri.engine.checkpoint import is_complete
 from maestri.engine.config import RunConfig, as_plain, changes_between
@@ -82,7 +83,7 @@ def work_of(run: Run, judging: JudgingConfig, program: Path) -> Work:
             tasks.append(Task(name=name, command=(str(program), str(out / RECIPE)), folder=out, config=config))
             left = run.seconds
     last = run.configs[-1]
-    if tasks or not is_judged(run.folder, judging, step=last.steps):
+    if tasks or not is_judged(run.folder, conditions(judging, last), step=last.steps):
         tasks.append(_judgement(Path(last.out), run.folder, last, judging))
     return Work(label=run.label, folder=run.folder, seconds=left, tasks=tuple(tasks))
 
@@ -91,7 +92,8 @@ def baseline_work(study: StudyConfig, entry: Entry) -> Work:
     """Returns the judgement of raw pixels and of the untrained network, for the set of an entry."""
     folder, judging = baseline_folder(study, entry.set_name), study.sets[entry.set_name].judging
     config = dataclasses.replace(entry.stages[0].config, out=str(folder), seed=entry.seeds[0])
-    tasks = () if is_judged(folder, judging, step=0) else (_judgement(folder, folder, config, judging, "untrained"),)
+    is_done = is_judged(folder, conditions(judging, config), step=0)
+    tasks = () if is_done else (_judgement(folder, folder, config, judging, "untrained"),)
     return Work(label=f"{entry.set_name}: baselines", folder=folder, seconds=0.0, tasks=tasks)
 
 
@@ -100,13 +102,24 @@ def baseline_folder(study: StudyConfig, set_name: str) -> Path:
     return Path(study.out) / "baselines" / set_name
 
 
-def is_judged(folder: Path, judging: JudgingConfig, *, step: int) -> bool:
-    """Returns whether a folder has a judgement by these settings of a run after so many steps."""
+def conditions(judging: JudgingConfig, config: RunConfig) -> dict[str, Any]:
+    """Returns all that a run's accuracies depend on besides its weights."""
+    evaluation = config.evaluation
+    return {
+        **as_plain(judging),
+        "test_shards": config.data.test_shards,
+        "crop_fraction": evaluation.crop_fraction,
+        "temperature": evaluation.temperature,
+    }
+
+
+def is_judged(folder: Path, wanted: Mapping[str, Any], *, step: int | None = None) -> bool:
+    """Returns whether a folder has a judgement under these conditions, after so many steps if they are given."""
     path = folder / JUDGEMENT
     if not path.is_file():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
-    return bool(found["step"] == step and found["settings"] == as_plain(judging))
+    return bool(step in (None, found["step"]) and found["settings"] == wanted)
 
 
 def _judgement(run: Path, folder: Path, config: RunConfig, judging: JudgingConfig, *more: str) -> Task:

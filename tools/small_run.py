@@ -42,8 +42,16 @@ logging: {every: 1, tensorboard: false}
 """
 MARK = "MAESTRI_PROOF"
 """An environment variable by which all that a command has started is found."""
-CLOCKS = ("seconds/", "data_wait", "images_per_second", "period_seconds", "elapsed_seconds")
-"""Fields of a row that are times."""
+CLOCKS = (
+    "seconds/",
+    "data_wait",
+    "images_per_second",
+    "period_seconds",
+    "elapsed_seconds",
+    "utilisation",
+    "host_bytes",
+)
+"""Fields of a row that are times, or of the machine."""
 PATIENCE = 240.0
 """Seconds after which a run is taken for stuck."""
 
@@ -54,10 +62,10 @@ def write_inputs(folder: Path) -> None:
     (folder / RECIPE).write_text(SETTINGS, encoding="utf-8")
 
 
-def write_shards(folder: Path) -> None:
-    """Writes 64 small images of noise, in four classes, and packs them into ``shards``."""
+def write_shards(folder: Path, *, images: int = 64) -> None:
+    """Writes small images of noise, in four classes, and packs them into ``shards``."""
     generator = np.random.default_rng(0)
-    for index in range(64):
+    for index in range(images):
         path = folder / "images" / f"class_{index % 4}" / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)

@@ -126,7 +126,7 @@ def test_write_page__in_a_browser(tmp_path: Path, name: str, profile: Profile) -
             "rank 2 is the straggler",
         ]
         wanted += ["4,923 images/s", "11.4 GB", "bf16", "12.5 GB", "20,678", "page cache of shards"]
-        wanted += ["Memory over a step", "125 ms after the step", "Waits for the device", "model/plmae.py:187"]
+        wanted += ["Memory over a step", "125.0 ms after the step", "Waits for the device", "model/plmae.py:187"]
     if name == "bare":
         wanted.append("Interrupted")
         assert not any(heading in text for heading in ("What to gain", "One step", "Data path", "Memory", "Ranks"))

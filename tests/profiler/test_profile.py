@@ -34,7 +34,7 @@ TOGETHER = ("rank",)
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
     folder = tmp_path_factory.mktemp("planted")
-    write_shards(folder)
+    write_shards(folder, images=400)  # more than any mode reads
     (folder / "tiny.yaml").write_text(CONFIG)
     for ranks, cases in ((1, ALONE), (2, TOGETHER)):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []

@@ -40,6 +40,14 @@ def test_flops_per_image__is_what_a_real_step_computes(name: str) -> None:
     assert flops_per_image(config) == pytest.approx(counter.total / 8, rel=0.02)
 
 
+def test_utilisation__draws_nothing_from_the_generator_of_training() -> None:
+    config = recipe("fashion_mnist_mae")
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    Utilisation(config, Ranks(rank=0, world_size=1, local_rank=0, device=CPU), flops_per_image(config)).row(1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_utilisation__rate_times_work_over_the_peak() -> None:
     config = recipe("fashion_mnist_mae")
     ranks = Ranks(rank=0, world_size=1, local_rank=0, device=CPU)

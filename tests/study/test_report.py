@@ -11,7 +11,7 @@ from maestri.study.config import StudyConfig, load_study
 from maestri.study.costs import Cost, Costs, load_costs
 from maestri.study.entries import read_entries
 from maestri.study.results import SetResult, Spread, gather
-from maestri.study.works import JUDGEMENT, write_failure
+from maestri.study.works import JUDGEMENT, conditions, write_failure
 from tests.study.small_study import cost, write_study
 
 STUDY = """
@@ -34,6 +34,8 @@ def chosen(top1: float, model: str = "student") -> dict[str, Any]:
 
 def write_run(folder: Path, knn: float, *stages: str, rank_me: float = 9.0, information: float | None = None) -> None:
     """Writes what the report reads of a finished run of 100 steps a stage."""
+    study = load_study(Path("study.yaml"))
+    wanted = conditions(study.sets["noise"].judging, read_entries(study, open_images=False)[0].stages[-1].config)
     for stage in stages or ("",):
         (folder / stage).mkdir(parents=True)
         told = {} if information is None else {"information_class_student": information, "information_x_teacher": 0.0}
@@ -45,7 +47,7 @@ def write_run(folder: Path, knn: float, *stages: str, rank_me: float = 9.0, info
         ]
         (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {"knn": chosen(knn), "1-shot": chosen(knn - 30), "2-shot": chosen(knn - 20), "linear": chosen(knn + 5)}
-    (folder / JUDGEMENT).write_text(json.dumps({"settings": {}, "step": 100, "found": found}))
+    (folder / JUDGEMENT).write_text(json.dumps({"settings": wanted, "step": 100, "found": found}))
 
 
 @pytest.fixture
@@ -150,3 +152,19 @@ def test_load_costs__damaged_is_one_line(study: StudyConfig, capsys: pytest.Capt
     Path("study/costs.json").write_text('{"stages": 3}')
     assert cli.run(["study.yaml", "--report-only"]) == 1
     assert "study/costs.json is not what was written" in capsys.readouterr().err
+
+
+def test_gather__a_judgement_by_other_settings_is_a_hole(study: StudyConfig) -> None:
+    path = Path("study/runs/noise/images/mae/seed1") / JUDGEMENT
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"settings": found["settings"] | {"k": 5}}))
+    (of_set,) = gather(study, read_entries(study, open_images=False), Costs())
+    mae = of_set.cells["images"][0]
+    assert mae.holes[1] == "judged by other settings" and list(mae.results) == [0]
+
+
+def test_write_report__seeds_that_were_evaluated_at_different_steps(study: StudyConfig) -> None:
+    path = Path("study/runs/noise/images/mae/seed1/metrics.jsonl")
+    more = {"kind": "evaluation", "step": 50, "knn/student/cls/3": 40.0}
+    path.write_text("".join(sorted([*path.read_text().splitlines(keepends=True), json.dumps(more) + "\n"])))
+    assert cli.run(["study.yaml", "--report-only"]) == 0

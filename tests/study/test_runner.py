@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from maestri.engine.config import RunConfig, as_plain
+from maestri.engine.config import RunConfig
 from maestri.engine.config_files import save_config
 from maestri.study.config import JudgingConfig, load_study
 from maestri.study.entries import read_entries
@@ -21,7 +21,7 @@ from maestri.study.plan import runs_of
 from maestri.study.progress import StudyProgress
 from maestri.study.runner import Slot, cores_of_slots, run_all
 from maestri.study.tied import tied
-from maestri.study.works import FAILURE, JUDGEMENT, Task, Work, check_places, is_judged
+from maestri.study.works import FAILURE, JUDGEMENT, Task, Work, check_places, conditions, is_judged
 from tests.study.small_study import alive
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -112,13 +112,16 @@ def test_check_places__a_run_with_other_settings_is_named(folder: Path) -> None:
         check_places(runs)
 
 
-def test_is_judged__by_these_settings_after_so_many_steps(tmp_path: Path) -> None:
+def test_is_judged__under_these_conditions_after_so_many_steps(tmp_path: Path, config: RunConfig) -> None:
     settings = JudgingConfig(k=3)
-    assert not is_judged(tmp_path, settings, step=6)
-    (tmp_path / JUDGEMENT).write_text(json.dumps({"settings": as_plain(settings), "step": 6}))
-    assert is_judged(tmp_path, settings, step=6)
-    assert not is_judged(tmp_path, settings, step=7)
-    assert not is_judged(tmp_path, replace(settings, shots=(1,)), step=6)
+    wanted = conditions(settings, config)
+    assert not is_judged(tmp_path, wanted, step=6)
+    (tmp_path / JUDGEMENT).write_text(json.dumps({"settings": wanted, "step": 6}))
+    assert is_judged(tmp_path, wanted, step=6) and is_judged(tmp_path, wanted)
+    assert not is_judged(tmp_path, wanted, step=7)
+    assert not is_judged(tmp_path, conditions(replace(settings, shots=(1,)), config), step=6)
+    other = replace(config, evaluation=replace(config.evaluation, temperature=0.1))
+    assert not is_judged(tmp_path, conditions(settings, other), step=6)
 
 
 def test_cores_of_slots__are_shared_out() -> None:
