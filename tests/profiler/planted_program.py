@@ -25,6 +25,8 @@ from maestri.profiler.peak import measure_peak
 from maestri.shards.shard_set import ShardSet
 
 KEPT: list[bytearray] = []
+ROUNDS = {"wait": 1, "deep": 1, "sleep": 1, "page cache": 2, "leak": 2, "rank": 1}
+"""Where fewer than four will do."""
 READ: set[int] = set()
 """Rows in the page cache of a planted disk."""
 
@@ -118,7 +120,7 @@ def main(folder: Path, cases: list[str]) -> None:
         with planted(case, ranks.rank):
             plan = Plan(
                 steps=3,
-                rounds=3 if case in ("leak", "rank") else 4,
+                rounds=ROUNDS.get(case, 4),
                 cold=case in ("healthy", "page cache"),
                 experiments=case == "decode",
             )
