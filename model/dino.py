@@ -50,11 +50,7 @@ def check_views(config: DinoConfig, facts: ViewFacts) -> None:
     facts.refuse_corruption("dino")
     if facts.num_masked != 0:
         raise ValueError("views.mask.ratio hides tokens, but method dino looks at all of them; set it to 0")
-    if facts.num_views + facts.num_local < 2:
-        raise ValueError(
-            f"views.count is {facts.num_views} and views.local.count is {facts.num_local}; "
-            "method dino compares views: raise one of them"
-        )
+    facts.need_pairs("method dino")
 
 
 class DinoStudent(nn.Module):

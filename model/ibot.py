@@ -68,11 +68,8 @@ def check_views(config: IbotConfig, facts: ViewFacts) -> None:
             "views.mask.ratio hides no token, but method.ibot.patch_level predicts hidden tokens; raise it (or set its "
             "weight to 0)"
         )
-    if config.class_level.weight and facts.num_views + facts.num_local < 2:
-        raise ValueError(
-            f"views.count is {facts.num_views} and views.local.count is {facts.num_local}; "
-            "method.ibot.class_level compares views: raise one of them (or set its weight to 0)"
-        )
+    if config.class_level.weight:
+        facts.need_pairs("method.ibot.class_level", instead=" (or set its weight to 0)")
     if facts.num_local and not config.class_level.weight:
         raise ValueError(
             f"views.local.count is {facts.num_local}, but method.ibot.class_level.weight is 0, and local views have no "

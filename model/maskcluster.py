@@ -73,11 +73,8 @@ def check_views(config: MaskclusterConfig, facts: ViewFacts) -> None:
         raise ValueError(
             "views.corruption.coverage is 0; method maskcluster looks at corrupted views; set it above 0, e.g. to 0.5"
         )
-    if config.class_level.weight and facts.num_views + facts.num_local < 2:
-        raise ValueError(
-            f"views.count is {facts.num_views} and views.local.count is {facts.num_local}; "
-            "method.maskcluster.class_level compares views: raise one of them (or set its weight to 0)"
-        )
+    if config.class_level.weight:
+        facts.need_pairs("method.maskcluster.class_level", instead=" (or set its weight to 0)")
     if facts.num_local and not config.class_level.weight:
         raise ValueError(
             f"views.local.count is {facts.num_local}, but method.maskcluster.class_level.weight is 0, and local views "

@@ -38,6 +38,14 @@ class ViewFacts:
                 f"views.corruption.coverage is above 0; method {method} does not look at corrupted views; set it to 0"
             )
 
+    def need_pairs(self, what: str, *, instead: str = "") -> None:
+        """Raises ValueError unless a sample has several views for ``what`` to compare; ``instead`` ends the message."""
+        if self.num_views + self.num_local < 2:
+            raise ValueError(
+                f"views.count is {self.num_views} and views.local.count is {self.num_local}; {what} compares views: "
+                f"raise one of them{instead}"
+            )
+
     def need_hidden(self, method: str, *, at_least: int) -> None:
         """Raises ValueError unless all views hide the same number of tokens, and that number is large enough."""
         if self.num_masked is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from maestri.study.config import StageConfig, StudyConfig, load_study
+from maestri.study.config import Budget, StageConfig, StudyConfig, load_study
 from maestri.study.costs import Cost, Costs, untimed
 from maestri.study.entries import Stage, momentum, read_entries
 from maestri.study.plan import Run, run_folder, runs_of, steps_of
@@ -64,9 +64,9 @@ def stage_of(study: StudyConfig, share: float) -> Stage:
     ],
 )
 def test_steps_of(
-    study: StudyConfig, budget: str, amount: float, share: float, step_seconds: float, expected: int
+    study: StudyConfig, budget: Budget, amount: float, share: float, step_seconds: float, expected: int
 ) -> None:
-    assert steps_of(stage_of(study, share), budget, amount, step_seconds) == expected  # type: ignore[arg-type]
+    assert steps_of(stage_of(study, share), budget, amount, step_seconds) == expected
 
 
 def test_momentum__halves_after_its_half_life() -> None:
