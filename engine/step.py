@@ -12,6 +12,7 @@ from maestri.engine.schedules import Scheduled
 from maestri.engine.spans import span
 from maestri.engine.teachers import Teachers
 from maestri.model.method import Method
+from maestri.model.staged import commit, rollback
 from maestri.pipelines.batch import Batch
 
 
@@ -80,9 +81,9 @@ def train_step(
             else:
                 engine.step()  # counts the micro-batch
         if finite and (applied or not is_last):
-            method.commit()
+            commit(method.state)
         else:
-            method.rollback()
+            rollback(method.state)
             if not (finite and refused):  # its loss is not finite on some rank, or the step's gradient is not
                 guard.note(batch, loss, step=step)
         for name, value in {"loss": loss.detach(), **metrics}.items():

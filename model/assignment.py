@@ -4,9 +4,10 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maestri.model.collectives import max_over_ranks, mean_over_ranks_with_gradient, sum_over_ranks, world_size
+from maestri.model.staged import Staged
 
 Balance = Literal["sinkhorn", "centring", "none"]
 SinkhornStart = Literal["scores", "probabilities"]
@@ -41,7 +42,7 @@ def sinkhorn(scores: Tensor, *, temperature: float, iterations: int = 3, start: 
     return kernel * prototype_scale * (num_samples * sample_scale)[:, None]
 
 
-class Assigner(nn.Module):
+class Assigner(Staged):
     """One level of pseudo labels (class or data tokens): a balance device and its state.
 
     ``labels`` stages an update of the centre, ``commit`` makes it: a skipped step must leave no trace.

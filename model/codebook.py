@@ -2,13 +2,14 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from maestri.model.assignment import sinkhorn
 from maestri.model.collectives import sum_over_ranks, world_size
+from maestri.model.staged import Staged
 
 
-class Codebook(nn.Module):
+class Codebook(Staged):
     """``size`` unit vectors in the space of layer-normalised tokens; float32, without gradient, equal on all ranks.
 
     Tokens are assigned by balanced (Sinkhorn) similarity and codes follow the mean of their tokens, as an

@@ -133,11 +133,3 @@ class Dino:
             temperature=self._config.temperature.student,
         )
         return {"rank_me": rank_me(outputs["class_token"])} | figures
-
-    def commit(self) -> None:
-        """Makes the update of the centre that this micro-step staged."""
-        self._assigner.commit()
-
-    def rollback(self) -> None:
-        """Forgets it."""
-        self._assigner.rollback()

@@ -179,16 +179,6 @@ class Ibot:
             )
         return figures
 
-    def commit(self) -> None:
-        """Makes the updates of centres that this micro-step staged."""
-        for assigner in self._assigners.values():
-            assigner.commit()
-
-    def rollback(self) -> None:
-        """Forgets them."""
-        for assigner in self._assigners.values():
-            assigner.rollback()
-
 
 def _levels(config: IbotConfig) -> dict[str, LevelConfig]:
     """Returns the levels that are part of the loss."""

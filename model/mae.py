@@ -83,9 +83,3 @@ class Mae:
     def monitors(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns figures too dear for every step: RankMe of the class token."""
         return {"rank_me": rank_me(outputs["class_token"])}
-
-    def commit(self) -> None:
-        """Does nothing: there is no state."""
-
-    def rollback(self) -> None:
-        """Does nothing: there is no state."""

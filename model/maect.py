@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from maestri.model.assignment import rank_me
 from maestri.model.batch_norm import BatchNorm
-from maestri.model.collectives import gather_over_ranks_with_gradient, rank, sum_over_ranks, world_size
+from maestri.model.collectives import gather_over_ranks_with_gradient, rank, sum_over_ranks
+from maestri.model.draws import batch_generator, own_samples, samples_over_ranks
 from maestri.model.encoder import Encoder
 from maestri.model.maect_config import MaectConfig
 from maestri.model.method import Teacher, ViewFacts
@@ -92,15 +93,11 @@ class Maect:
         """Returns what the look-up needs, int64: ``rows`` and ``labels`` (``batch``), and ``draws`` (``view batch``).
 
         The look-up itself belongs to the loss, for it starts from the student's tokens.  ``draws`` says which of the
-        ``top_k`` nearest entries is taken.  It is drawn for the micro-batch of all ranks from the seed and its first
-        global position, so it depends neither on the number of ranks nor on what was drawn before.
+        ``top_k`` nearest entries is taken.
         """
-        size = len(batch.rows)
-        first = batch.position - rank() * size
-        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + first) % (1 << 63))
-        shape = (NUM_VIEWS, size * world_size())
-        draws = torch.randint(self._config.top_k, shape, generator=generator)[:, rank() * size :][:, :size]
-        return {"rows": batch.rows, "labels": batch.labels, "draws": draws.to(batch.rows.device)}
+        shape = (NUM_VIEWS, samples_over_ranks(batch))
+        draws = torch.randint(self._config.top_k, shape, generator=batch_generator(batch, self._seed))
+        return {"rows": batch.rows, "labels": batch.labels, "draws": own_samples(draws, batch).to(batch.rows.device)}
 
     def loss(
         self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], step: int
@@ -139,14 +136,6 @@ class Maect:
         if count:
             figures["neighbour_agreement"] = agreeing / count
         return figures
-
-    def commit(self) -> None:
-        """Writes the staged projections into the queue."""
-        self.queue.commit()
-
-    def rollback(self) -> None:
-        """Forgets them."""
-        self.queue.rollback()
 
     @torch.no_grad()
     def _projections(self, outputs: Mapping[str, Tensor]) -> Tensor:

@@ -209,19 +209,6 @@ class Maskcluster:
                 )
         return figures
 
-    def commit(self) -> None:
-        """Makes the updates of centres that this micro-step staged."""
-        for assigner in self._assigners():
-            assigner.commit()
-
-    def rollback(self) -> None:
-        """Forgets them."""
-        for assigner in self._assigners():
-            assigner.rollback()
-
-    def _assigners(self) -> list[Assigner]:
-        return [module for module in self.state.children() if isinstance(module, Assigner)]
-
     def _labels(self, name: str, scores: Tensor, temperature: float) -> Tensor:
         assigner = self.state[f"{name}_level"]
         assert isinstance(assigner, Assigner)

@@ -85,7 +85,7 @@ class Method(Protocol):
         outputs = engine(batch)                       # = method.student(batch)
         loss, metrics = method.loss(outputs, targets, step)
         engine.backward(loss); engine.step()
-        method.commit()                               # or rollback(), where the optimizer step was skipped
+        commit(method.state)                          # or rollback, where the optimizer step was skipped
     """
 
     @property
@@ -100,7 +100,10 @@ class Method(Protocol):
 
     @property
     def state(self) -> nn.Module:
-        """Queues, centres, codebooks: float32 buffers outside the student, identical on all ranks, saved with it."""
+        """Queues, centres, codebooks: float32 buffers outside the student, identical on all ranks, saved with it.
+
+        Parts that micro-steps change are ``staged.Staged``.
+        """
         ...
 
     @property
@@ -123,12 +126,4 @@ class Method(Protocol):
 
     def monitors(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Returns scalars that tell of collapse, too dear for every step: called once per logging period."""
-        ...
-
-    def commit(self) -> None:
-        """Makes the updates of ``state`` that this micro-step staged."""
-        ...
-
-    def rollback(self) -> None:
-        """Forgets them: the optimizer step was skipped."""
         ...

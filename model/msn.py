@@ -156,12 +156,6 @@ class Msn:
         figures = level_monitors("class", student=outputs["scores"], teacher=of_targets, temperature=temperature)
         return figures | {"rank_me": rank_me(outputs["class_token"])}
 
-    def commit(self) -> None:
-        """Does nothing: there is no state."""
-
-    def rollback(self) -> None:
-        """Does nothing: there is no state."""
-
     def _labels(self, scores: Tensor) -> Tensor:
         """Returns sharpened assignments, balanced where that is on, ``batch proto``."""
         config = self._config

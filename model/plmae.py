@@ -172,18 +172,6 @@ class Plmae:
             )
         return figures
 
-    def commit(self) -> None:
-        """Makes the updates of centres and codebook that this micro-step staged."""
-        for module in self.state.children():
-            if isinstance(module, Assigner | Codebook):
-                module.commit()
-
-    def rollback(self) -> None:
-        """Forgets them."""
-        for module in self.state.children():
-            if isinstance(module, Assigner | Codebook):
-                module.rollback()
-
     def _labels(self, level: str, scores: Tensor, temperature: float) -> Tensor:
         assigner = self.state.get_submodule(level)
         assert isinstance(assigner, Assigner)

@@ -2,15 +2,16 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from maestri.model.collectives import gather_over_ranks
+from maestri.model.staged import Staged
 
 NOBODY = -1
 """Row of an entry that is no sample, and label of one that has none."""
 
 
-class NeighbourQueue(nn.Module):
+class NeighbourQueue(Staged):
     """``size`` unit vectors, float32, first in, first out; equal on all ranks, and saved whole.
 
     It starts with random directions that belong to no sample.  ``enqueue`` stages, ``commit`` writes.

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maestri.model.assignment import rank_me
-from maestri.model.collectives import rank, world_size
 from maestri.model.decoder import Decoder, DecoderConfig
+from maestri.model.draws import batch_generator, own_samples, samples_over_ranks
 from maestri.model.encoder import Encoder, take
 from maestri.model.levels import MomentumConfig, cosine_momentum
 from maestri.model.method import Teacher, ViewFacts
@@ -137,24 +137,13 @@ class Sdae:
             "rank_me_teacher": rank_me(targets["features"].flatten(1, 2).mean(dim=1)),
         }
 
-    def commit(self) -> None:
-        """Does nothing: there is no state."""
-
-    def rollback(self) -> None:
-        """Does nothing: there is no state."""
-
     def _places(self, batch: Batch) -> Tensor:
-        """Returns which hidden tokens are dealt to the first fold, the second, …, int64 ``view·batch fold·token``.
-
-        Drawn for the micro-batch of all ranks from the seed and its first global position, so it depends neither on the
-        number of ranks nor on what was drawn before.
-        """
+        """Returns which hidden tokens are dealt to the first fold, the second, …, int64 ``view·batch fold·token``."""
         masked = batch.masked["global"]
-        num_views, size, num_masked = masked.shape
-        first = batch.position - rank() * size
-        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + first) % (1 << 63))
-        keys = torch.rand((num_views, size * world_size(), num_masked), generator=generator)
-        places = keys[:, rank() * size :][:, :size].flatten(0, 1).argsort(dim=-1)
+        num_views, _, num_masked = masked.shape
+        shape = (num_views, samples_over_ranks(batch), num_masked)
+        keys = torch.rand(shape, generator=batch_generator(batch, self._seed))
+        places = own_samples(keys, batch).flatten(0, 1).argsort(dim=-1)
         places = places[:, : num_masked - num_masked % self._config.folds]
         if masked.is_cuda:  # from pinned memory the copy does not wait for what the GPU has still to do
             return places.pin_memory().to(masked.device, non_blocking=True)

@@ -19,6 +19,7 @@ from maestri.engine.spans import span
 from maestri.engine.start import COMPUTE_DTYPES, recompute_blocks, use_plain_attention
 from maestri.model.build import build_method
 from maestri.model.method import Method
+from maestri.model.staged import rollback
 from maestri.pipelines.batch import Batch
 from maestri.profiler.flops import FlopCounter
 from maestri.profiler.live_bytes import LiveBytes
@@ -98,7 +99,7 @@ def step_needs(config: RunConfig, method: Method, *, images: int, world_size: in
         forward_peak = memory.take_peak()
         loss.backward()
     method.student.zero_grad()
-    method.rollback()
+    rollback(method.state)
     return StepNeeds(
         images=images,
         batch_bytes=sum(tensor.nbytes for tensor in _tensors_of(batch)),
@@ -123,7 +124,7 @@ def step_flops(config: RunConfig, method: Method, *, images: int, world_size: in
         with span("backward"):
             loss.backward()
     method.student.zero_grad()
-    method.rollback()
+    rollback(method.state)
     return counter.by_part
 
 

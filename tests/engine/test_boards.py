@@ -2,6 +2,7 @@
 
 import builtins
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from maestri.engine.logs import RunLog
 SETTINGS = LoggingConfig(tensorboard=False, wandb="maestri-tests")
 
 
-def written(folder: Path) -> str:
-    """Returns the text that an offline run's file holds, among its bytes."""
+def written(folder: Path, *, last: str) -> str:
+    """Returns the text that an offline run's file holds, among its bytes; its service may write after the run's end."""
     (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    return path.read_bytes().decode("latin-1")
+    deadline = time.monotonic() + 30
+    while last not in (text := path.read_bytes().decode("latin-1")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return text
 
 
 def test_weights_and_biases__takes_rows_and_goes_on_under_the_same_id(
@@ -30,7 +34,7 @@ def test_weights_and_biases__takes_rows_and_goes_on_under_the_same_id(
     log.write("train", 3, {"loss": 0.125, "rank_me": 7.5})
     log.sync()
     log.close()
-    text = written(tmp_path)
+    text = written(tmp_path, last="0.125")
     assert "train/loss" in text and "train/rank_me" in text and "0.125" in text and "4321" in text
     identity = (tmp_path / "wandb_id").read_text().strip()
     assert len(identity) == 16 and identity in text

@@ -12,6 +12,7 @@ from maestri.model.collectives import gather_over_ranks, sum_over_ranks
 from maestri.model.encoder import EncoderConfig, build_encoder
 from maestri.model.maect import Maect
 from maestri.model.maect_config import MaectConfig
+from maestri.model.staged import commit
 from maestri.pipelines.batch import Batch
 
 BATCH = 8
@@ -48,7 +49,7 @@ def steps(stage: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         outputs = method.student(batch)
         loss, metrics = method.loss(outputs, targets, step)
         loss.backward()
-        method.commit()
+        commit(method.state)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             found[f"{name} {step}"] = sum_over_ranks(value.clone()) / world_size
         found[f"draws {step}"] = gather_over_ranks(targets["draws"].T)

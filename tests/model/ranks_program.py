@@ -17,6 +17,7 @@ from maestri.model.ibot import Ibot, IbotConfig
 from maestri.model.levels import LevelConfig
 from maestri.model.maskcluster import Maskcluster, MaskclusterConfig
 from maestri.model.method import Method
+from maestri.model.staged import commit
 from maestri.pipelines.batch import Batch
 
 
@@ -83,7 +84,7 @@ def step_of(method: Method, batch: Batch, world_size: int) -> dict[str, torch.Te
         targets = method.targets(batch, 0)
     loss, metrics = method.loss(method.student(batch), targets, 0)
     loss.backward()
-    method.commit()
+    commit(method.state)
     gradients = {name: parameter.grad for name, parameter in method.student.named_parameters()}
     averaged = {"loss": loss.detach()} | metrics
     averaged |= {f"gradient of {name}": gradient for name, gradient in gradients.items() if gradient is not None}

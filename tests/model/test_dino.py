@@ -12,6 +12,7 @@ from maestri.model.encoder import EncoderConfig, build_encoder
 from maestri.model.heads import HeadConfig
 from maestri.model.levels import LevelConfig, TemperatureConfig
 from maestri.model.method import ViewFacts
+from maestri.model.staged import commit, rollback
 
 HEAD = HeadConfig(hidden=24, layers=3, bottleneck=8, prototypes=16)
 BATCH = 4
@@ -184,7 +185,7 @@ def test_step__equals_dino(make_batch, draw_weights, case):
     }
     loss, _ = step_of(method, replace(make_batch(batch=BATCH, num_masked=0), views=views), step=5)[2:]
     loss.backward()
-    method.commit()
+    commit(method.state)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(center, torch.tensor(centre), rtol=1e-5, atol=1e-6)
     found = {name: method.student.get_parameter(name).grad.norm().item() for name in norms}
@@ -224,9 +225,9 @@ def test_teacher__has_no_drop_path(build, multi_crop):
 
 def test_commit__moves_the_centre_and_rollback_does_not(build, multi_crop):
     method = build()
-    for act, moves in ((method.rollback, False), (method.commit, True)):
+    for act, moves in ((rollback, False), (commit, True)):
         step_of(method, multi_crop())
-        act()
+        act(method.state)
         assert bool(method.state["class_level"].center.abs().sum() > 0) == moves
 
 

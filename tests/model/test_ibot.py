@@ -14,6 +14,7 @@ from maestri.model.heads import HeadConfig
 from maestri.model.ibot import Ibot, IbotConfig
 from maestri.model.levels import LevelConfig, TemperatureConfig
 from maestri.model.method import ViewFacts
+from maestri.model.staged import commit, rollback
 
 HEAD = HeadConfig(hidden=24, layers=3, bottleneck=8, prototypes=16)
 OTHER_HEAD = HeadConfig(hidden=16, layers=2, bottleneck=8, prototypes=12)
@@ -204,7 +205,7 @@ def test_step__equals_ibot(make_batch, draw_weights, case):
     batch = replace(make_batch(batch=BATCH), views=views, token_mask={"global": hidden}, visible={}, masked={})
     _, _, loss, metrics = step_of(method, batch, step=5)
     loss.backward()
-    method.commit()
+    commit(method.state)
     found = {"loss": loss.item()} | {name: value.item() for name, value in metrics.items()}
     assert found == pytest.approx(losses, rel=1e-5)
     for centre, expected in zip(centres, (class_centre, patch_centre), strict=True):
@@ -287,9 +288,9 @@ def test_mask_token__has_no_weight_decay(build):
 
 def test_commit__moves_the_centres_of_both_levels_and_rollback_does_not(build, masked):
     method = build()
-    for act, moves in ((method.rollback, False), (method.commit, True)):
+    for act, moves in ((rollback, False), (commit, True)):
         step_of(method, masked())
-        act()
+        act(method.state)
         centres = [method.state[f"{name}_level"].center for name in ("class", "patch")]
         assert all(bool(centre.abs().sum() > 0) == moves for centre in centres)
     assert not torch.equal(*centres)

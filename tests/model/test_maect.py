@@ -17,6 +17,7 @@ from maestri.model.encoder import EncoderConfig, build_encoder
 from maestri.model.maect import Maect, MaectStudent
 from maestri.model.maect_config import MaectConfig
 from maestri.model.method import ViewFacts
+from maestri.model.staged import commit, rollback
 
 DEPTH = 4
 PROGRAM = Path(__file__).parent / "maect_ranks_program.py"
@@ -179,7 +180,7 @@ def test_loss__looks_up_and_queues_what_the_projection_teacher_makes_of_the_stud
     with torch.no_grad():
         expected = F.normalize(teacher(outputs["pooled"]), dim=-1)
     assert not torch.allclose(expected, F.normalize(outputs["projected"], dim=-1), atol=0.1)
-    method.commit()
+    commit(method.state)
     torch.testing.assert_close(method.queue.entries[:4], expected[0].detach())
 
 
@@ -191,10 +192,10 @@ def test_commit__view_0_alone_is_queued_after_the_look_up(build, make_batch):
     start = method.queue.entries.clone()
     outputs, _, first, _ = step_of(method, batch)
     assert torch.equal(method.queue.entries, start)  # staged, not written
-    method.rollback()
+    rollback(method.state)
     _, _, again, _ = step_of(method, batch)
     assert torch.equal(first, again)
-    method.commit()
+    commit(method.state)
     torch.testing.assert_close(method.queue.entries[:4], F.normalize(outputs["projected"][0].detach(), dim=-1))
     assert torch.equal(method.queue.entries[4:], start[4:])
     assert method.queue.rows[:4].tolist() == batch.rows.tolist() and method.queue.pointer == 4

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from maestri.model.encoder import build_encoder
 from maestri.model.maect import Maect
 from maestri.model.maect_config import MaectConfig
+from maestri.model.staged import commit
 
 # At the second step four images have been seen, two of them just before.
 ROWS = [[3, 4, 40, 41, 42, 43, 44, 45], [40, 2, 41, 7, 8, 9, 44, 10]]
@@ -68,7 +69,7 @@ def test_loss__is_the_authors(encoder_config, recorded_batch, draw_weights, stag
         targets = method.targets(batch, step) | {"draws": draws[step]}
         loss, _ = method.loss(method.student(batch), targets, step)
         loss.backward()
-        method.commit()
+        commit(method.state)
         assert loss.item() == pytest.approx(expected, rel=1e-5)
         assert method.queue.entries.sum().item() == pytest.approx(queue, rel=1e-5)
         found = dict(method.student.named_parameters())

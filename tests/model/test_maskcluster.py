@@ -13,6 +13,7 @@ from maestri.model.heads import HeadConfig
 from maestri.model.levels import LevelConfig, cross_view_labels, weighted_mean
 from maestri.model.maskcluster import Maskcluster, MaskclusterConfig
 from maestri.model.method import ViewFacts
+from maestri.model.staged import commit, rollback
 
 HEAD = HeadConfig(hidden=16, layers=2, bottleneck=8, prototypes=12)
 BATCH, TOKENS, PATCH = 4, 16, 4
@@ -90,7 +91,7 @@ def test_loss__every_switch_trains_every_parameter_and_no_teacher(build, corrupt
         assert trained == parameter.requires_grad, name
     teacher = method.teachers["teacher"].module
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    method.commit()
+    commit(method.state)
 
 
 def test_student__shapes(build, corrupted):
@@ -277,9 +278,9 @@ def test_teacher__starts_as_the_student(build):
 
 def test_commit__moves_the_centres_of_both_levels_and_rollback_does_not(build, corrupted):
     method = build(class_level=level(balance="centring"), patch_level=level(balance="centring"))
-    for act, moves in ((method.rollback, False), (method.commit, True)):
+    for act, moves in ((rollback, False), (commit, True)):
         step_of(method, corrupted())
-        act()
+        act(method.state)
         centres = [method.state[f"{name}_level"].center for name in ("class", "patch")]
         assert all(bool(centre.abs().sum() > 0) == moves for centre in centres)
 

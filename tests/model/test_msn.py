@@ -265,15 +265,6 @@ def test_teacher__momentum_rises_along_a_line(build):
     assert [momentum(step) for step in (0, 25, 50, 100, 200)] == pytest.approx([0.9, 0.925, 0.95, 1.0, 1.0])
 
 
-def test_commit_and_rollback__leave_nothing_behind(build, with_local):
-    method, batch = build(), with_local()
-    losses = []
-    for act in (method.rollback, method.commit, method.commit):
-        losses.append(step_of(method, batch)[2].item())
-        act()
-    assert losses[0] == losses[1] == losses[2] and not method.state.state_dict()
-
-
 def test_monitors__tell_of_assignments_before_balancing(build, with_local):
     method = build()
     outputs, targets, _, _ = step_of(method, with_local())

@@ -11,6 +11,7 @@ from maestri.model.heads import HeadConfig
 from maestri.model.levels import LevelConfig
 from maestri.model.plmae import Plmae
 from maestri.model.plmae_config import PlmaeConfig, ReconstructionConfig
+from maestri.model.staged import commit
 
 HEAD = HeadConfig(hidden=16, layers=2, bottleneck=8, prototypes=12)
 
@@ -71,7 +72,7 @@ def test_loss__every_switch_trains_every_parameter_and_no_teacher(build, make_ba
     for teacher in method.teachers.values():
         assert all(p.grad is None and not p.requires_grad for p in teacher.module.parameters())
         assert not teacher.module.training
-    method.commit()
+    commit(method.state)
 
 
 def test_loss__is_the_weighted_sum(build, make_batch):

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from maestri.model import sdae
+from maestri.model import draws
 from maestri.model.build import MethodConfig
 from maestri.model.build import check_views as check_method_views
 from maestri.model.decoder import DecoderConfig
@@ -126,12 +126,13 @@ def test_targets__folds_are_a_function_of_seed_and_position(build, make_batch):
 def test_targets__folds_are_the_same_on_one_rank_and_on_two(build, make_batch, monkeypatch):
     method, batch = build(), replace(make_batch(batch=6), position=12)
     whole = targets_of(method, batch)["places"].view(2, 6, 12)
-    monkeypatch.setattr(sdae, "world_size", lambda: 2)
+    monkeypatch.setattr(draws, "world_size", lambda: 2)
     for rank in range(2):
-        monkeypatch.setattr(sdae, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(draws, "rank", lambda rank=rank: rank)
         part = slice(3 * rank, 3 * rank + 3)
         groups = {name: {"global": getattr(batch, name)["global"][:, part]} for name in ("views", "visible", "masked")}
-        half = targets_of(method, replace(batch, position=12 + 3 * rank, **groups))["places"]
+        share = replace(batch, position=12 + 3 * rank, rows=batch.rows[part], labels=batch.labels[part], **groups)
+        half = targets_of(method, share)["places"]
         assert torch.equal(half.view(2, 3, 12), whole[:, part])
 
 

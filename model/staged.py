@@ -1,0 +1,31 @@
+"""State that a micro-step changes only where its optimizer step is made: centres, codebooks, queues."""
+
+from torch import nn
+
+
+class Staged(nn.Module):
+    """A part of a method's state: a micro-step stages its update, which is then made or forgotten."""
+
+    def commit(self) -> None:
+        """Makes the staged update; nothing if there is none."""
+        raise NotImplementedError
+
+    def rollback(self) -> None:
+        """Forgets it."""
+        raise NotImplementedError
+
+
+def commit(state: nn.Module) -> None:
+    """Makes the updates that all parts of a method's state have staged."""
+    for part in _staged_parts(state):
+        part.commit()
+
+
+def rollback(state: nn.Module) -> None:
+    """Forgets them."""
+    for part in _staged_parts(state):
+        part.rollback()
+
+
+def _staged_parts(state: nn.Module) -> list[Staged]:
+    return [module for module in state.modules() if isinstance(module, Staged)]
