@@ -86,7 +86,7 @@ def with_picture(batches: Iterator[Batch], path: Path | None) -> Iterator[Batch]
 
 def evaluate_run(config: RunConfig, parts: Parts, step: int) -> KnnReport | None:
     """Returns k-NN accuracies after ``step`` optimizer steps, None without images to classify; every rank calls it."""
-    final = step == config.steps
+    final = step == config.steps and config.evaluation.full_at_end
     if not can_judge(config, final=final):
         return None
     return judge(config, live_encoders(parts.method, parts.engine.module), parts.ranks.device, final=final)
@@ -96,7 +96,8 @@ def finish_run(out: Path, config: RunConfig, report: KnnReport | None, display: 
     """Leaves ``summary.json`` and the plot of a complete run, and shows the final accuracies."""
     knn = knn_summary(report) if report else {}
     write_summary(out, {"images": config.steps * config.batch.global_size, "knn": knn})
-    plot_run(read_rows(out / "metrics.jsonl"), out / "curves.png")
+    rows = read_rows(out / "metrics.jsonl")
+    plot_run(rows, out / "curves.png", full_at_end=config.evaluation.full_at_end)
     if report:
         display.show(knn_table(report))
 

@@ -195,6 +195,9 @@ class EvaluationConfig:
     """Neighbours at most while training, the first of ``data.shards``; 0 = all images trained on, as at the end."""
     test_images: int = 0
     """Held-out images classified at most while training; 0 = all, as at the end."""
+    full_at_end: bool = True
+    """Whether the last evaluation has all neighbours and classifies all held-out and test images; False: it is as those
+    before it, for a run that is judged afterwards."""
     crop_fraction: float = 0.875
     """Side of the centre crop as a fraction of the shorter side: 0.875 is 224 of 256; 1 for small images."""
     baselines: bool = True

@@ -96,7 +96,7 @@ def learnt(report: AccuracyReport) -> tuple[str, ...]:
     return tuple(model for model in models if model not in BASELINES) or models
 
 
-def plot_run(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_run(rows: Sequence[Mapping[str, Any]], path: Path, *, full_at_end: bool = True) -> None:
     """Draws losses and held-out k-NN accuracies of ``metrics.jsonl``'s rows over optimizer steps into a PNG.
 
     Each model is drawn at the pooling and k that are best at the end; raw pixels and the untrained network, known at
@@ -105,6 +105,7 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     Args:
         rows: as ``engine.logs.read_rows`` returns them.
         path: of the PNG.
+        full_at_end: whether the last evaluation had all neighbours.
     """
     from matplotlib.figure import Figure
 
@@ -124,7 +125,8 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             right.annotate(label, (0, value), textcoords="offset points", xytext=(4, 3), fontsize=7, color="grey")
         else:
             right.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=label)
-    right.set(xlabel="optimizer step", ylabel="top-1 (%)", title="k-NN on held-out images (last point: all neighbours)")
+    title = "k-NN on held-out images" + (" (last point: all neighbours)" if full_at_end else "")
+    right.set(xlabel="optimizer step", ylabel="top-1 (%)", title=title)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

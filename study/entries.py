@@ -152,6 +152,7 @@ def settings_of(study: StudyConfig, of_set: SetConfig, given: StageConfig) -> di
     ours: dict[str, Any] = {
         "engine.threads": study.threads,
         "evaluation.baselines": False,
+        "evaluation.full_at_end": False,
         "logging.tensorboard": False,
     }
     ours["evaluation.k"] = [of_set.judging.k]

@@ -1,8 +1,8 @@
 """Judges one finished run, in a process of its own: ``python -m maestri.study.judge RUN FILE SETTINGS [untrained]``.
 
 SETTINGS is a ``JudgingConfig`` as JSON.  FILE gets, for each protocol, the accuracy of the model, pooling and setting
-that are best on held-out training images, whichever they are: the rule is the same for all methods.  k-NN is that of
-the run's own last evaluation.  ``untrained`` judges raw pixels and the network as the run's seed draws it instead.
+that are best on held-out training images, whichever they are: the rule is the same for all methods.  ``untrained``
+judges raw pixels and the network as the run's seed draws it instead.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch
 from maestri.engine import distributed
 from maestri.engine.checkpoint import latest
 from maestri.engine.config import RunConfig
-from maestri.engine.config_files import load_config, read_config
+from maestri.engine.config_files import load_config
 from maestri.engine.errors import CheckpointError
 from maestri.evals.features import Extractor, ImageSettings, encoder_extractor, extract_features, raw_pixels
 from maestri.evals.knn import KnnSettings, evaluate_knn
@@ -54,23 +54,17 @@ def judge(run: Path, settings: JudgingConfig, *, untrained: bool) -> dict[str, A
         executor=config.data.executor,
     )
 
-    def features(max_train: int) -> FeatureSets:
-        splits = splits_of(config, max_train=max_train)
-        labelled = read_labels(splits, device=device)
-        return read_features(labelled, splits, partial(extract_features, extractors, settings=images))
-
     models = tuple(extractors)
-    sets = features(settings.train_images)
-    reports = dict(_few_reports(sets, settings, Path(config.data.shards)))
+    splits = splits_of(config, max_train=settings.train_images)
+    labelled = read_labels(splits, device=device)
+    sets = read_features(labelled, splits, partial(extract_features, extractors, settings=images))
+    knn = KnnSettings(k=(settings.k,), temperature=config.evaluation.temperature)
+    reports = {"knn": evaluate_knn(sets, knn), **dict(_few_reports(sets, settings, Path(config.data.shards)))}
     about = {"settings": conditions(settings, config), "step": step, "split": "test" if sets.test else "held-out"}
     about["images"] = len(sets.test.labels) if sets.test else sets.num_held_out
-    own = None if untrained else _own_knn(run, settings, config)
-    if own is None:
-        knn = KnnSettings(k=(settings.k,), temperature=config.evaluation.temperature)
-        reports = {"knn": evaluate_knn(features(0) if settings.train_images else sets, knn), **reports}
     if untrained:
         return about | {"models": {model: _all_chosen(reports, (model,)) for model in models}}
-    return about | {"models": list(models), "found": {"knn": own, **_all_chosen(reports, models)}}
+    return about | {"models": list(models), "found": _all_chosen(reports, models)}
 
 
 def _trained(config: RunConfig, run: Path, device: torch.device) -> tuple[dict[str, Extractor], int]:
@@ -84,18 +78,6 @@ def _trained(config: RunConfig, run: Path, device: torch.device) -> tuple[dict[s
 
 def _untrained(config: RunConfig, device: torch.device) -> tuple[dict[str, Extractor], int]:
     return {RAW_PIXELS: raw_pixels, RANDOM_INIT: encoder_extractor(untrained_encoder(config).to(device).eval())}, 0
-
-
-def _own_knn(run: Path, settings: JudgingConfig, config: RunConfig) -> dict[str, Any] | None:
-    """Returns k-NN's figures at the end of a run's training, as ``_chosen`` gives others; None if made otherwise."""
-    trained = read_config(run)
-    if trained.evaluation.k != (settings.k,) or conditions(settings, trained) != conditions(settings, config):
-        return None
-    knn = json.loads((run / "summary.json").read_text(encoding="utf-8"))["knn"]
-    model = knn["best_model"]
-    at = knn["top1"][model]
-    held_out = knn["all"]["holdout"][model][at["pooling"]][str(at["k"])]
-    return {"model": model, **at, "held_out": held_out}
 
 
 def _few_reports(sets: FeatureSets, settings: JudgingConfig, shards: Path) -> Iterator[tuple[str, AccuracyReport]]:

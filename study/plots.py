@@ -99,18 +99,12 @@ def _minutes(axes: "Axes", found: SetResult, cells: Sequence[Cell], styles: Mapp
         curves = np.array([[point for point in curve if point[0] in shared] for curve in runs])
         minutes, accuracies = curves[0, :, 0], curves[:, :, 1]
         style, means = styles[cell.entry.name], accuracies.mean(axis=0)
-        axes.plot(minutes[:-1], means[:-1], label=cell.entry.name, linewidth=1.2, **style)
-        # The last evaluation finds more right neighbours, because it has more of them.
-        axes.plot(minutes[-2:], means[-2:], linestyle=":", linewidth=1.0, color=style["color"])
-        axes.plot(minutes[-1:], means[-1:], linestyle="", markerfacecolor="none", **style)
+        axes.plot(minutes, means, label=cell.entry.name, linewidth=1.2, **style)
         if len(curves) > 1:
-            deviations = accuracies.std(axis=0, ddof=1)[:-1]
-            low, high = means[:-1] - deviations, means[:-1] + deviations
-            axes.fill_between(minutes[:-1], low, high, color=style["color"], alpha=0.15, linewidth=0)
-    axes.set(
-        xlabel="minutes of training steps (hollow: at the end, all neighbours)",
-        ylabel="k-NN top-1 on held-out images (%)",
-    )
+            deviations = accuracies.std(axis=0, ddof=1)
+            low, high = means - deviations, means + deviations
+            axes.fill_between(minutes, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.set(xlabel="minutes of training steps", ylabel="k-NN top-1 on held-out images (%)")
 
 
 def _costs(found: SetResult, path: Path) -> Path:

@@ -105,13 +105,13 @@ def _set_section(study: StudyConfig, found: SetResult, pictures: Sequence[str]) 
 
 def _protocol(study: StudyConfig, found: SetResult) -> str:
     judging = study.sets[found.name].judging
+    learnt = f"the first {judging.train_images:,} training images" if judging.train_images else "all training images"
     text = (
-        f"Top-1 in percent on {found.split or 'held-out'} images: k-NN with k = {judging.k} among all training images, "
+        f"Top-1 in percent on {found.split or 'held-out'} images: k-NN with k = {judging.k} among {learnt}, "
         f"logistic regression on few labelled images (means over {judging.splits} splits, the same for all)"
     )
     if judging.linear_epochs:
-        learnt = f"the first {judging.train_images:,}" if judging.train_images else "all"
-        text += f", linear probes of {judging.linear_epochs} epochs on {learnt} training images"
+        text += f", linear probes of {judging.linear_epochs} epochs on the same"
     text += (
         ". ± is the standard deviation over seeds, where there are several. RankMe is the effective rank of class "
         "tokens, information the student's lowest mutual information with its prototypes as a share of log K; both are "

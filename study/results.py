@@ -52,8 +52,8 @@ class RunResult:
     found: Mapping[str, Mapping[str, Any]]
     """By protocol (``knn``, ``1-shot``, …, ``linear``): what held-out images chose, and ``top1``."""
     curve: Sequence[tuple[float, float]]
-    """(minutes of training steps, held-out k-NN accuracy of the best model and pooling).  The last has all training
-    images as neighbours, those before it ``evaluation.train_images``.  Empty where steps were not timed."""
+    """(minutes of training steps, held-out k-NN accuracy of the best model and pooling among
+    ``evaluation.train_images`` neighbours).  Empty where steps were not timed."""
     steps: int
     """Optimizer steps of all stages."""
     rank_me: float | None
