@@ -64,8 +64,8 @@ class JudgingConfig:
     splits: int = 3
     """Of each number of labelled images."""
     train_images: int = 0
-    """Training images, the first of ``data.shards``, that are k-NN's neighbours, among which labelled ones are drawn, and
-    on which linear probes learn; 0 = all."""
+    """Training images, the first of ``data.shards``, that are k-NN's neighbours, among which labelled ones are drawn,
+    and on which linear probes learn; 0 = all."""
     linear_epochs: int = 0
     """Epochs of linear probes; 0 = there are none."""
 
