@@ -128,6 +128,13 @@ def test_train__is_quiet_without_a_terminal(folder: Path) -> None:
     assert all(line.startswith("step ") for line in done.stdout.splitlines())
 
 
+def test_train__last_evaluation_as_those_before_it(folder: Path) -> None:
+    done = train(folder, "--out", "apart", "--steps", "3", "--data.holdout", "16", "--evaluation.full_at_end", "False")
+    assert done.returncode == 0, done.stderr
+    knn = json.loads((folder / "apart/summary.json").read_text())["knn"]
+    assert set(knn["top1"]) == {"student", "labelling_teacher", "reconstruction_teacher"}, "no baselines"
+
+
 def test_train__after_sigkill_continues_bit_equal(folder: Path) -> None:
     code = start_and_signal(folder, signal.SIGKILL, rows=4, flags=["--out", "killed"])
     assert code == -signal.SIGKILL
