@@ -1,4 +1,4 @@
-"""Pictures of a study: accuracy against labelled images and against minutes, and what steps cost."""
+"""Pictures of a study: accuracy of each entry, against labelled images and against minutes; and what steps cost."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,15 +22,20 @@ def shot_counts(cells: Sequence[Cell]) -> list[int]:
     return sorted(int(name.removesuffix("-shot")) for name in found if name.endswith("-shot"))
 
 
+def _shot_kinds(cells: Sequence[Cell]) -> list[str]:
+    return [f"{count}-shot" for count in shot_counts(cells)]
+
+
 def draw(found: SetResult, folder: Path) -> list[Path]:
-    """Returns the PNGs drawn of a set: ``<set>_shots.png``, ``<set>_minutes.png``, ``<set>_cost.png``."""
+    """Returns the PNGs drawn of a set: ``<set>_entries.png``, ``…_shots.png``, ``…_minutes.png``, ``…_cost.png``."""
     names = list(dict.fromkeys(cell.entry.name for cells in found.cells.values() for cell in cells))
-    styles = {name: _style(number) for number, name in enumerate(names)}
+    styles = {name: _style(number, of=len(names)) for number, name in enumerate(names)}
     with_runs = {
         budget: kept for budget, cells in found.cells.items() if (kept := [cell for cell in cells if cell.results])
     }
     drawn = []
     if with_runs:
+        drawn.append(_entries(found, with_runs, folder / f"{found.name}_entries.png"))
         drawn.append(_panels(found, with_runs, styles, _shots, folder / f"{found.name}_shots.png"))
         drawn.append(_panels(found, with_runs, styles, _minutes, folder / f"{found.name}_minutes.png"))
     if found.costs:
@@ -38,10 +43,41 @@ def draw(found: SetResult, folder: Path) -> list[Path]:
     return drawn
 
 
-def _style(number: int) -> dict[str, Any]:
+def _style(number: int, *, of: int) -> dict[str, Any]:
+    """Returns how an entry's line is drawn; up to 60 differ."""
     from matplotlib import colormaps
 
-    return {"color": colormaps["tab10"](number % 10), "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+    colours = colormaps["tab10" if of <= 10 else "tab20"]
+    return {"color": colours(number % colours.N), "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+
+
+def _entries(found: SetResult, cells: Mapping[Budget, Sequence[Cell]], path: Path) -> Path:
+    """Draws panels, a row for each budget, a column for each protocol; in them a line for each entry, a dot a run."""
+    kinds = {budget: [*_shot_kinds(of_budget), "knn"] for budget, of_budget in cells.items()}
+    columns = max(map(len, kinds.values()))
+    heights = [0.8 + 0.24 * len(of_budget) for of_budget in cells.values()]
+    figure = _figure(width=2.4 + 2.5 * columns, height=0.4 + sum(heights))
+    grid = figure.subplots(len(cells), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for row, (budget, of_budget) in zip(grid, cells.items(), strict=True):
+        for axes, kind in zip(row, kinds[budget], strict=False):
+            for place, cell in enumerate(of_budget):
+                values = [run.found[kind]["top1"] for run in cell.results.values() if kind in run.found]
+                axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
+                axes.plot(np.mean(values) if values else np.nan, place, "|", color="black", markersize=11)
+            first = of_budget[0].spread(kind)
+            if first:  # what all others are compared with
+                axes.axvline(first.mean, color="grey", linewidth=0.8)
+            axes.set_yticks(range(len(of_budget)), [cell.entry.name for cell in of_budget])
+            axes.tick_params(labelsize=8, labelleft=axes is row[0])
+            axes.set_title(f"equal {budget}: {'k-NN' if kind == 'knn' else kind}", fontsize=9)
+            axes.grid(axis="x", alpha=0.3)
+            axes.invert_yaxis()
+        for axes in row[len(kinds[budget]) :]:
+            axes.remove()
+    figure.supxlabel(f"top-1 on {found.split or 'held-out'} images (%); a dot a run, a bar their mean", fontsize=9)
+    figure.suptitle(found.name)
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def _panels(
@@ -67,7 +103,7 @@ def _panels(
 
 def _shots(axes: "Axes", found: SetResult, cells: Sequence[Cell], styles: Mapping[str, dict[str, Any]]) -> None:
     counts = shot_counts(cells)
-    kinds = [*(f"{count}-shot" for count in counts), "knn"]
+    kinds = [*_shot_kinds(cells), "knn"]
     places = np.arange(len(kinds))
     for number, cell in enumerate(cells):
         spreads = [cell.spread(kind) for kind in kinds]

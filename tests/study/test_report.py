@@ -134,7 +134,7 @@ def test_write_report__from_what_is_there(study: StudyConfig, capsys: pytest.Cap
     assert row_of(text, "plmae", minutes)[1] == "failed" and row_of(text, "mae", minutes)[1] == "–"
     assert row_of(text, "chain", "### What steps cost")[:4] == ["chain", "a", "none", "600.0"]
     assert "- noise, equal images, mae, seed 2: failed: training: train.py: out of luck" in text
-    for name in ("noise_shots.png", "noise_minutes.png", "noise_cost.png"):
+    for name in ("noise_entries.png", "noise_shots.png", "noise_minutes.png", "noise_cost.png"):
         assert f"]({name})" in text and (Path("study") / name).read_bytes().startswith(b"\x89PNG")
 
 
