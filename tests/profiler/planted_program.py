@@ -25,7 +25,7 @@ from maestri.profiler.peak import measure_peak
 from maestri.shards.shard_set import ShardSet
 
 KEPT: list[bytearray] = []
-ROUNDS = {"wait": 1, "deep": 1, "sleep": 1, "page cache": 2, "leak": 2, "rank": 1}
+ROUNDS = {"wait": 1, "deep": 2, "sleep": 1, "page cache": 2, "leak": 2, "rank": 1}
 """Where fewer than four will do."""
 READ: set[int] = set()
 """Rows in the page cache of a planted disk."""
