@@ -107,7 +107,7 @@ def test_profile__teacher_twice_as_deep_is_named(profiles: dict[str, Profile]) -
     )
     changed = {name for name in healthy if deep[name] > 1.5 * healthy[name]}
     assert changed == {"labelling_teacher", "reconstruction_teacher"}
-    # In time, too; the labelling teacher has more to do than its encoder.  Quickest steps, for other tests run meanwhile.
+    # In time, too, of the teacher that is all encoder; its quickest steps, for other tests run meanwhile.
     deep, healthy = (
         {part.name: min(part.seconds) for part in profiles[f"{case} 1"].parts} for case in ("deep", "healthy")
     )
