@@ -1,18 +1,20 @@
 """State that a micro-step changes only where its optimizer step is made: centres, codebooks, queues."""
 
+from abc import ABC, abstractmethod
+
 from torch import nn
 
 
-class Staged(nn.Module):
+class Staged(nn.Module, ABC):
     """A part of a method's state: a micro-step stages its update, which is then made or forgotten."""
 
+    @abstractmethod
     def commit(self) -> None:
         """Makes the staged update; nothing if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rollback(self) -> None:
         """Forgets it."""
-        raise NotImplementedError
 
 
 def commit(state: nn.Module) -> None:
