@@ -113,12 +113,13 @@ class Watch:
             except RuntimeError:
                 return "rank 0 does not answer"
             silence = time.time() - word["at"]
-            text = f"{word['place'] or 'between the parts'} of step {word['step'] + 1}"
+            place = f"in {word['place']}" if word["place"] else "between the parts"
+            text = f"{place} of step {word['step'] + 1}"
             speaks = silence <= SILENT_PERIODS * self._period
             if not speaks:
                 text += f", silent for {silence:.0f} s"
             where[(speaks, word["step"], text)].append(rank)
-        return "; ".join(f"rank {', '.join(map(str, ranks))} in {key[2]}" for key, ranks in sorted(where.items()))
+        return "; ".join(f"rank {', '.join(map(str, ranks))} {key[2]}" for key, ranks in sorted(where.items()))
 
 
 def _own_store(ranks: Ranks) -> Any:

@@ -258,9 +258,9 @@ def test_train__a_rank_that_hangs_is_named(folder: Path) -> None:
         os.kill(hanging, signal.SIGKILL)
     assert launcher.wait(60) == 1
     told = [line for line in stderr.read_text().splitlines() if line.startswith("train.py: ")][-2:]
-    stall = r"train.py: no progress for \d+ s: rank 1 in \w+ of step \d+, silent for \d+ s; rank 0 in \w+ of step \d+"
-    assert re.fullmatch(stall, told[0]), told
-    assert told[1].startswith("train.py: rank 0: another rank has ended or hangs (rank 1 in ")
+    place = r"(in \w+|between the parts) of step \d+"  # rank 1's last word may be as old as a step of its start
+    assert re.fullmatch(rf"train.py: no progress for \d+ s: rank 1 {place}, silent for \d+ s; rank 0 {place}", told[0])
+    assert re.match(rf"train.py: rank 0: another rank has ended or hangs \(rank 1 {place}, silent for ", told[1])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

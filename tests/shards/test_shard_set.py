@@ -255,8 +255,8 @@ def test_open__large_index_is_not_scanned(tmp_path: Path) -> None:
         num_quarantined=0, images={}, seed=0, index={"columns": layout}, recipe="",
         shards=(ShardInfo(name="a.tar", bytes=num_rows * size, num_samples=num_rows, xxh128=""),),
     ).write(tmp_path)  # fmt: skip
-    start = time.perf_counter()
+    start = time.process_time()
     with ShardSet.open(tmp_path) as shard_set:
         assert shard_set.key(num_rows - 1) == "1299999"
         assert shard_set.read(np.array([num_rows - 1])) == [bytes(size)]
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
