@@ -65,6 +65,26 @@ def normalise(pixels: Tensor, *, dim: int) -> Tensor:
     return torch.addcmul(shift.view(shape), pixels.float(), scale.view(shape))
 
 
+class PatchProjection(nn.Conv2d):
+    """A ViT's patch convolution, by its parameters and their names, for patches that are cut already.
+
+    Where the stride is the kernel's size it is one matrix product, and computed as such: on Intel processors with AMX,
+    oneDNN's bf16 convolution of three channels reads memory that is not the image's, so that values are wrong or NaN.
+    """
+
+    @classmethod
+    def of(cls, convolution: nn.Conv2d) -> "PatchProjection":
+        """Returns one with the parameters of ``convolution`` themselves; draws nothing."""
+        channels, width, size = convolution.in_channels, convolution.out_channels, convolution.kernel_size
+        own = cls(channels, width, size, stride=size, device="meta")  # type: ignore[arg-type]
+        own.weight, own.bias = convolution.weight, convolution.bias
+        return own
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Returns ``batch token dim`` of ``batch token channel patch patch``."""
+        return F.linear(patches.flatten(2), self.weight.flatten(1), self.bias)
+
+
 def to_patches(images: Tensor, patch: int) -> Tensor:
     """Returns the patches of ``batch 3 height width`` as ``batch token 3 patch patch``, row-major, same dtype."""
     batch, channels, height, width = images.shape
@@ -114,8 +134,9 @@ class Encoder(VisionTransformer):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-        proj = self.patch_embed.proj
+        proj = PatchProjection.of(self.patch_embed.proj)
         nn.init.xavier_uniform_(proj.weight.data.view(proj.weight.shape[0], -1))
+        self.patch_embed.proj = proj
         nn.init.normal_(self._token("cls_token"), std=0.02)
         if config.position == "sincos":
             positions = self._token("pos_embed")
@@ -173,10 +194,9 @@ class Encoder(VisionTransformer):
         return parameter
 
     def _embed(self, patches: Tensor) -> Tensor:
-        """Runs the patch convolution over ``batch token 3 patch patch``, stacked as one tall image each."""
-        tall = patches.transpose(1, 2).flatten(2, 3)
-        pixels = normalise(tall, dim=1).to(self.patch_embed.proj.weight.dtype)
-        return self.patch_embed.proj(pixels).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        """Returns ``batch token dim`` of uint8 ``batch token 3 patch patch``."""
+        proj = self.patch_embed.proj
+        return proj(normalise(patches, dim=2).to(proj.weight.dtype))  # type: ignore[no-any-return]
 
 
 def build_encoder(config: EncoderConfig, *, image_size: int) -> Encoder:

@@ -1,8 +1,17 @@
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
-from maestri.model.encoder import EncoderConfig, build_encoder, normalise, sincos_positions, take, to_patches
+from maestri.model.encoder import (
+    EncoderConfig,
+    PatchProjection,
+    build_encoder,
+    normalise,
+    sincos_positions,
+    take,
+    to_patches,
+)
 
 
 def images(batch=3, size=16):
@@ -21,6 +30,25 @@ def test_forward__all_tokens_equals_timm(encoder_config):
     ).view(3, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(encoder(pixels), theirs.forward_features(scaled), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch", [4, 7, 8, 16])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_patch_projection__is_the_convolution_whatever_the_memory_held(patch, dtype, tolerance):
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 64, patch, patch)
+    drawn = torch.get_rng_state()
+    projection = PatchProjection.of(convolution)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert projection.weight is convolution.weight and list(projection.state_dict()) == ["weight", "bias"]
+    pixels = torch.randn(16, 3, 4 * patch, 4 * patch)
+    with torch.no_grad():
+        expected = convolution(pixels).flatten(2).transpose(1, 2)
+        projection.to(dtype)
+        for size in (2**10, 2**16, 2**20):
+            torch.full((size,), torch.nan, dtype=dtype)  # freed at once: what a kernel may read that it should not
+            found = projection(to_patches(pixels, patch).to(dtype))
+            torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_forward__every_index_equals_none(encoder_config):
