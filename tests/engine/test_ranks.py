@@ -22,6 +22,8 @@ TOGETHER += ["2-bf16-1-compile"]
 # some steps: 1.5e-6 measured over 6 steps at a learning rate of 0.01.  bf16 rounds activations and gradients at 4e-3:
 # 5.1e-3 measured.
 TOLERANCE = {"fp32": 5e-6, "bf16": 1e-2}
+COMPILED_TOLERANCE = 5e-2
+"""After updates: compiled kernels round bf16 elsewhere, by processor; eager bf16 and fp32 are up to 2e-2 apart here."""
 # The average is stored in float32 (6e-8 relative) and each update rounds once: 7e-8 measured after 6 updates.
 AVERAGE_TOLERANCE = 2e-7
 
@@ -90,9 +92,10 @@ def elsewhere(folder: Path, together: list[Report]) -> dict[str, tuple[Report, R
 def test_train_step__two_ranks_have_the_losses_of_one(alone: Report, together: list[Report], case: str) -> None:
     _, precision, accumulation, *_ = case.split("-")
     reference = alone[f"{'2' if accumulation == '2' else '0'}-{precision}-{accumulation}"]["losses"]
-    for found, expected in zip(together[0][case]["losses"], reference, strict=True):
+    for step, (found, expected) in enumerate(zip(together[0][case]["losses"], reference, strict=True)):
+        tolerance = COMPILED_TOLERANCE if step and case.endswith("-compile") else TOLERANCE[precision]
         for name in ("loss", "loss_class", "loss_data", "loss_reconstruction"):
-            assert found[name] == pytest.approx(expected[name], rel=TOLERANCE[precision]), name
+            assert found[name] == pytest.approx(expected[name], rel=tolerance), name
     assert together[0][case]["losses"] == together[1][case]["losses"]
 
 
