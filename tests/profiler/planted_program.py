@@ -20,6 +20,7 @@ from maestri.model.plmae import Plmae
 from maestri.pipelines import pixel_ops
 from maestri.pipelines.pixel_ops import PixelOps
 from maestri.profiler import measure, trial
+from maestri.profiler.findings import Profile
 from maestri.profiler.measure import Plan, measure_profile, new_collection
 from maestri.profiler.peak import measure_peak
 from maestri.shards.shard_set import ShardSet
@@ -27,6 +28,10 @@ from maestri.shards.shard_set import ShardSet
 KEPT: list[bytearray] = []
 ROUNDS = {"wait": 1, "deep": 2, "sleep": 1, "page cache": 2, "leak": 2, "rank": 1}
 """Where fewer than four will do."""
+STALLS = ("store", "decode", "augment")
+"""Whose verdict is looked at."""
+MOST_ROUNDS = 16
+"""For them, on a machine that is too noisy for fewer."""
 READ: set[int] = set()
 """Rows in the page cache of a planted disk."""
 
@@ -106,6 +111,21 @@ def planted(case: str, rank: int) -> Iterator[None]:
         setattr(owner, name, original)
 
 
+def profiled(folder: Path, case: str, ranks: distributed.Ranks, *, rounds: int) -> Profile:
+    """Returns the profile of the recipe with a fault planted."""
+    config = load_config(folder / "tiny.yaml", ["--out", "nowhere"])
+    collected = new_collection(config, ranks, recipe=case)
+    plan = Plan(
+        steps=3,
+        rounds=rounds,
+        cold=case in ("healthy", "page cache"),
+        experiments=case == "decode",
+    )
+    with planted(case, ranks.rank):
+        measure_profile(config, ranks, plan, collected, folder=folder / f"run {case}", on_step=lambda: None)
+    return collected.profile(complete=True)
+
+
 def main(folder: Path, cases: list[str]) -> None:
     """Profiles each case."""
     torch.set_num_threads(1)
@@ -115,19 +135,14 @@ def main(folder: Path, cases: list[str]) -> None:
     measure.measure_peak = lambda *_: peak
     trial.drop_from_page_cache = lambda _: READ.clear()
     for case in cases:
-        config = load_config(folder / "tiny.yaml", ["--out", "nowhere"])
-        found = new_collection(config, ranks, recipe=case)
-        with planted(case, ranks.rank):
-            plan = Plan(
-                steps=3,
-                rounds=ROUNDS.get(case, 4),
-                cold=case in ("healthy", "page cache"),
-                experiments=case == "decode",
-            )
-            measure_profile(config, ranks, plan, found, folder=folder / f"run {case}", on_step=lambda: None)
+        rounds = ROUNDS.get(case, 4)
+        found = profiled(folder, case, ranks, rounds=rounds)
+        # What the verdict asks for where other programs run beside.
+        while case in STALLS and found.verdict.startswith("Too noisy") and rounds < MOST_ROUNDS:
+            rounds *= 2
+            found = profiled(folder, case, ranks, rounds=rounds)
         if ranks.is_main:
-            path = folder / f"{case} {ranks.world_size}.json"
-            path.write_text(json.dumps(found.profile(complete=True).as_json()))
+            (folder / f"{case} {ranks.world_size}.json").write_text(json.dumps(found.as_json()))
     distributed.leave(0, orderly=True)
 
 

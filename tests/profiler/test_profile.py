@@ -29,6 +29,7 @@ engine: {device: cpu, precision: fp32, threads: 1}
 """
 ALONE = ("healthy", "store", "page cache", "decode", "augment", "sleep", "wait", "deep", "leak")
 TOGETHER = ("rank",)
+pytestmark = pytest.mark.timeout(1000)  # all profiles, on a noisy machine some of them with more rounds
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def profiles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
         command = [sys.executable, *launcher, str(PROGRAM), ".", *cases]
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800)
         assert done.returncode == 0, done.stderr
     return {path.stem: read_profile(path) for path in folder.glob("*.json")}
 
