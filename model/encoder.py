@@ -68,8 +68,9 @@ def normalise(pixels: Tensor, *, dim: int) -> Tensor:
 class PatchProjection(nn.Conv2d):
     """A ViT's patch convolution, by its parameters and their names, for patches that are cut already.
 
-    Where the stride is the kernel's size it is one matrix product, and computed as such: on Intel processors with AMX,
-    oneDNN's bf16 convolution of three channels reads memory that is not the image's, so that values are wrong or NaN.
+    Where the stride is the kernel's size it is one matrix product, and computed as such.  A convolution of patches
+    stacked as a narrow image is slower and, in bf16 on Intel processors with AMX (PyTorch 2.15), wrong: oneDNN reads
+    memory that is not the image's, and values are NaN.
     """
 
     @classmethod

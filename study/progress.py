@@ -13,7 +13,7 @@ from maestri.engine.display import duration
 
 
 class StudyProgress:
-    """Works done of all, what runs now, and the time that is left by the pace so far."""
+    """Works done of all, what runs now, and the time that is left, first as expected and then by the pace so far."""
 
     def __init__(self, title: str, *, works: int, seconds: float, jobs: int, console: Console) -> None:
         """Shows nothing yet.
@@ -61,13 +61,17 @@ class StudyProgress:
             self._live.update(Group(self._bar, *lines, left))
 
     def seconds_left(self) -> float:
-        """Returns the time left, by the pace so far: of training, before that of works, at first as expected."""
+        """Returns the time left.
+
+        The pace expected counts as much as one average work for each job: the first works to end are short ones, and
+        what runs beside them is not counted yet.
+        """
         passed = time.monotonic() - self._began
-        if self._done_seconds:
-            return passed / self._done_seconds * (self._seconds - self._done_seconds)
-        if self._done:
-            return passed / self._done * (self._works - self._done)
-        return self._seconds / self._jobs
+        if not self._seconds:  # baselines alone, of which nothing is expected
+            return passed / self._done * (self._works - self._done) if self._done else 0.0
+        first = self._seconds / self._works * self._jobs
+        pace = (passed + first / self._jobs) / (self._done_seconds + first)
+        return pace * (self._seconds - self._done_seconds)
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -48,9 +48,9 @@ def build(
         EncoderConfig(patch=PATCH, dim=28, heads=2, depth=depth, mlp_ratio=1.5),
         image_size=SIZE,
         num_steps=STEPS,
-        # One seed, for what is frozen is no part of a resumed optimizer, but must be that of the run before.  Under 3,
-        # no ReLU's input and no gap between neighbours is within 1e-4 of 0 in these steps; at 2e-6, as under 0, rounding
-        # decides a sample's whole gradient.
+        # One seed, for what is frozen is no part of a resumed optimizer, but must be that of the run before.  Under 3
+        # no ReLU's input and no gap between neighbours is within 1e-4 of 0 in these steps; at 2e-6, as under 0,
+        # rounding decides a sample's whole gradient.
         seed=3,
     )
     batch = BatchConfig(global_size=GLOBAL_SIZE, accumulation=int(accumulation))

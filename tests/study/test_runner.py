@@ -158,3 +158,24 @@ def test_tied__does_not_start_after_its_starter() -> None:
     command[3] = "1"  # as if the starter had died, and the process were init's
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_seconds_left__starts_as_expected_and_is_not_led_by_the_first_short_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("maestri.study.progress.time.monotonic", lambda: now)
+    progress = StudyProgress("runs", works=10, seconds=1000.0, jobs=2, console=Console(file=io.StringIO()))
+    assert progress.seconds_left() == pytest.approx(500.0)
+    now = 95.0  # a work of 20 s has ended, another of 100 s is nearly done
+    progress.ended("short", seconds=20.0)
+    assert 480.0 < progress.seconds_left() < 950.0
+    for number in range(8):  # at half the pace expected
+        now = 100.0 * (number + 2)
+        progress.ended("long", seconds=100.0)
+    assert progress.seconds_left() == pytest.approx(180.0, rel=0.2)
+    baselines = StudyProgress("runs", works=2, seconds=0.0, jobs=2, console=Console(file=io.StringIO()))
+    assert baselines.seconds_left() == 0.0
+    now += 30.0
+    baselines.ended("first")
+    assert baselines.seconds_left() == pytest.approx(30.0)
