@@ -69,15 +69,15 @@ class PatchProjection(nn.Conv2d):
     """A ViT's patch convolution, by its parameters and their names, for patches that are cut already.
 
     Where the stride is the kernel's size it is one matrix product, and computed as such.  A convolution of patches
-    stacked as a narrow image is slower and, in bf16 on Intel processors with AMX (PyTorch 2.15), wrong: oneDNN reads
-    memory that is not the image's, and values are NaN.
+    stacked as a narrow image is slower and, in bf16 on Intel processors with AMX (PyTorch 2.15), wrong, with NaN among
+    its values (benchmarks/patch_embedding.py).
     """
 
     @classmethod
     def of(cls, convolution: nn.Conv2d) -> "PatchProjection":
         """Returns one with the parameters of ``convolution`` themselves; draws nothing."""
-        channels, width, size = convolution.in_channels, convolution.out_channels, convolution.kernel_size
-        own = cls(channels, width, size, stride=size, device="meta")  # type: ignore[arg-type]
+        patch = convolution.kernel_size[0]
+        own = cls(convolution.in_channels, convolution.out_channels, patch, stride=patch, device="meta")
         own.weight, own.bias = convolution.weight, convolution.bias
         return own
 
@@ -197,7 +197,8 @@ class Encoder(VisionTransformer):
     def _embed(self, patches: Tensor) -> Tensor:
         """Returns ``batch token dim`` of uint8 ``batch token 3 patch patch``."""
         proj = self.patch_embed.proj
-        return proj(normalise(patches, dim=2).to(proj.weight.dtype))  # type: ignore[no-any-return]
+        tokens: Tensor = proj(normalise(patches, dim=2).to(proj.weight.dtype))
+        return tokens
 
 
 def build_encoder(config: EncoderConfig, *, image_size: int) -> Encoder:
