@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
 from small_run import write_shards
 
 from maestri.engine.checkpoint import load_weights
@@ -49,39 +49,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     write_shards(folder)
     (folder / "tiny.yaml").write_text(CONFIG)
-    done = train(folder, "--out", "whole", "--logging.tensorboard", "True")
+    done = train_cold(folder, "--out", "whole", "--logging.tensorboard", "True")
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def command(*flags: str, ranks: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, str(PROGRAM), "tiny.yaml", *flags]
+def train_cold(folder: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+    """Runs train.py to its end in a Python of its own."""
+    command = [sys.executable, str(PROGRAM), "tiny.yaml", *flags]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
 
 
 def train(folder: Path, *flags: str, ranks: int = 1, file_bytes: int = 0) -> "subprocess.CompletedProcess[str]":
     """Runs train.py to its end; files larger than ``file_bytes`` fail as on a full disk."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-
-    return subprocess.run(
-        command(*flags, ranks=ranks),
-        cwd=folder,
-        env=ENVIRONMENT,
-        preexec_fn=limit if file_bytes else None,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = [str(PROGRAM), "tiny.yaml", *flags]
+    if ranks > 1:
+        return warm_python.completed(warm_python.on_ranks(ranks, words, cwd=folder, env=ENVIRONMENT), timeout=120)
+    return warm_python.launch(words, cwd=folder, env=ENVIRONMENT, file_bytes=file_bytes).completed(timeout=120)
 
 
 def start_and_signal(folder: Path, number: signal.Signals, *, rows: int, flags: list[str]) -> int:
     """Starts train.py, sends it a signal once ``rows`` rows are logged, and returns its exit code."""
     log = folder / flags[flags.index("--out") + 1] / "metrics.jsonl"
-    process = subprocess.Popen(command(*flags), cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = warm_python.launch([str(PROGRAM), "tiny.yaml", *flags], cwd=folder, env=ENVIRONMENT)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if log.is_file() and log.read_text().count("\n") >= rows:
@@ -122,7 +112,7 @@ def test_train__leaves_the_run_in_its_folder(folder: Path) -> None:
 
 
 def test_train__is_quiet_without_a_terminal(folder: Path) -> None:
-    done = train(folder, "--out", "quiet", "--steps", "3")
+    done = train_cold(folder, "--out", "quiet", "--steps", "3")
     assert done.returncode == 0
     assert done.stderr == ""
     assert all(line.startswith("step ") for line in done.stdout.splitlines())
@@ -244,9 +234,9 @@ def test_train__a_rank_that_hangs_is_named(folder: Path) -> None:
     flags = ["--out", "hung", "--steps", "100000", "--engine.timeout_minutes", "0.3", "--checkpoint.every", "0"]
     log, stderr = folder / "hung" / "metrics.jsonl", folder / "hung.log"
     with stderr.open("w") as file:
-        launcher = subprocess.Popen(
-            command(*flags, ranks=2), cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=file
-        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += [str(PROGRAM), "tiny.yaml", *flags]
+        launcher = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=file)
     wait_until(lambda: log.is_file() and log.read_text().count("\n") >= 4)
     found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True).stdout
     environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in found.split()}
@@ -303,10 +293,8 @@ def stages(folder: Path, *flags: str, ranks: int = 1) -> "subprocess.CompletedPr
     """Trains two stages by one command: MAE, then PL-MAE from its weights."""
     (folder / "first.yaml").write_text(CONFIG.replace("method:", "out: first\nmethod:\n  name: mae"))
     (folder / "second.yaml").write_text(CONFIG.replace("method:", "out: second\ninitial: {run: first}\nmethod:"))
-    words = command("--steps", "6", *flags, ranks=ranks)
-    at = words.index("tiny.yaml")
-    words[at : at + 1] = ["first.yaml", "second.yaml"]
-    return subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    words = [str(PROGRAM), "first.yaml", "second.yaml", "--steps", "6", *flags]
+    return warm_python.completed(warm_python.on_ranks(ranks, words, cwd=folder, env=ENVIRONMENT), timeout=120)
 
 
 def test_train__stages_hand_their_weights_on(folder: Path) -> None:

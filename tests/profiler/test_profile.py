@@ -18,7 +18,7 @@ steps: 1000
 data: {shards: shards, num_threads: 1}
 views: {size: 32, interpolation: linear}
 encoder: {patch: 8, dim: 64, heads: 2, depth: 3}
-batch: {global_size: 16}
+batch: {global_size: 8}
 method:
   plmae:
     decoder: {dim: 24, depth: 1, heads: 2}
