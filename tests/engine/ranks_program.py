@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from maestri.engine import checkpoint, continuation, distributed
+from maestri.engine import teachers as averaging
 from maestri.engine.config import BatchConfig, CheckpointConfig, EngineConfig, OptimizerConfig
 from maestri.engine.continuation import Parts
 from maestri.engine.errors import CheckpointError, NonFiniteLoss, NonFiniteWeights
@@ -350,10 +351,13 @@ def long_average(parts: Parts, *, updates: int = 1000, momentum: float = 0.9999)
     references = {role: [piece.double() for piece in parts.teachers.pieces(role)] for role in parts.teachers}
     for teacher in parts.method.teachers.values():
         teacher.momentum = lambda step: momentum
+    gather_shares = averaging.gather_shares
     for step in range(updates):
         for group in parts.masters:
             for piece in group.local():
                 piece += 0.01 * torch.randn(piece.shape, generator=generator)
+        # Modules need the averages after the last one only.
+        averaging.gather_shares = gather_shares if step + 1 == updates else lambda *_: None
         parts.teachers.update(step)
         for role, reference in references.items():
             masters = [p for g in parts.masters if role in g.name.split("/")[0].split("+") for p in g.local()]

@@ -1,16 +1,13 @@
 """MAE-CT under real DeepSpeed: one and two CPU ranks, killed and continued, and what it inherits from another run."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_python
 from safetensors.torch import save_file
 
 from maestri.engine.config import InitialConfig
@@ -35,17 +32,8 @@ Report = dict[str, Any]
 def launch(out: Path, world_size: int, arguments: list[str], *, expected: int = 0) -> list[Report]:
     """Runs the program in ``world_size`` processes and returns each rank's report."""
     out.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in range(world_size):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_PORT": port}
-        environment = os.environ | place | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(PROGRAM), str(out), *arguments]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [expected] * world_size, "\n".join(errors)
+    done = warm_python.completed(warm_python.on_ranks(world_size, [str(PROGRAM), str(out), *arguments]), timeout=400)
+    assert done.returncode == expected, done.stderr
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(world_size)] if not expected else []
 
 

@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 
 PROGRAM = Path(__file__).parent / "methods_program.py"
 METHODS = ("maskcluster", "sdae", "dino", "ibot", "mocov3", "msn")  # test_ranks.py has PL-MAE, test_maect.py MAE-CT
@@ -17,10 +15,7 @@ METHODS = ("maskcluster", "sdae", "dino", "ibot", "mocov3", "msn")  # test_ranks
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("methods")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, *launcher, str(PROGRAM), str(out), *METHODS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = warm_python.completed(warm_python.on_ranks(2, [str(PROGRAM), str(out), *METHODS]), timeout=400)
     assert done.returncode == 0, done.stderr
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 

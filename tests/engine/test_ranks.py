@@ -1,14 +1,11 @@
 """Real DeepSpeed on one and two CPU ranks: losses, teachers and checkpoints at every ZeRO stage and precision."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 
 PROGRAM = Path(__file__).parent / "ranks_program.py"
 ALONE = ["0-fp32-1", "0-bf16-1", "2-fp32-2"]
@@ -36,23 +33,8 @@ Report = dict[str, Any]
 def launch(out: Path, world_size: int, cases: list[str]) -> list[Report]:
     """Runs the program in ``world_size`` processes and returns each rank's report."""
     out.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in range(world_size):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(PROGRAM), str(out), *cases]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(errors)
+    done = warm_python.completed(warm_python.on_ranks(world_size, [str(PROGRAM), str(out), *cases]), timeout=400)
+    assert done.returncode == 0, done.stderr
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 

@@ -5,12 +5,12 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
+import warm_python
 from safetensors.torch import save_file
 
 Maestri = Callable[..., tuple[int, str, str]]
@@ -44,9 +44,8 @@ def results(folder: Path) -> dict[str, dict[str, object]]:
 @pytest.fixture(scope="module")
 def by_two_ranks(run: Path) -> "subprocess.CompletedProcess[str]":
     """A job that fails on rank 1, then all protocols on two ranks: results in RUN/two, features where one looks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launcher, str(PROGRAM), "all", str(run), *FAST, "--out", str(run / "two")]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    words = [str(PROGRAM), "all", str(run), *FAST, "--out", str(run / "two")]
+    return warm_python.completed(warm_python.on_ranks(2, words, env=ENVIRONMENT), timeout=400)
 
 
 def test_all__two_ranks_find_what_one_finds(

@@ -1,8 +1,5 @@
 """Small batches and encoders; programs run in one process and in two."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_python
 from torch import Tensor, nn
 
 from maestri.model.encoder import EncoderConfig
@@ -89,16 +87,15 @@ def on_one_and_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
     def run(program: Path) -> tuple[Any, list[Any]]:
         folder = tmp_path_factory.mktemp("ranks")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         runs = [
-            subprocess.Popen(
-                [sys.executable, program, str(rank), str(world), folder / f"store{world}", folder / f"w{world}"],
-                env=environment,
+            warm_python.launch(
+                [str(program), str(rank), str(world), str(folder / f"store{world}"), str(folder / f"w{world}")]
             )
             for world in (1, 2)
             for rank in range(world)
         ]
-        assert [process.wait(timeout=120) for process in runs] == [0, 0, 0]
+        done = warm_python.completed(runs, timeout=120)
+        assert done.returncode == 0, done.stderr
         one = torch.load(folder / "w1.0", weights_only=True)
         return one, [torch.load(folder / f"w2.{rank}", weights_only=True) for rank in range(2)]
 

@@ -1,13 +1,11 @@
 """What a plan predicts is what real steps have: bytes by owner, and the most at once."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 
 from maestri.engine.config_files import load_config
 from maestri.profiler import plan_cli
@@ -67,12 +65,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pairs(recipe: Path) -> dict[str, dict[str, dict[str, int]]]:
     found: dict[str, dict[str, dict[str, int]]] = {}
     for ranks, cases in CASES.items():
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []
         file = recipe.parent / f"{ranks}.json"
-        command = [sys.executable, *launcher, str(PROGRAM), str(recipe), *cases, "--json", str(file)]
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        words = [str(PROGRAM), str(recipe), *cases, "--json", str(file)]
+        done = warm_python.completed(warm_python.on_ranks(ranks, words), timeout=400)
         assert done.returncode == 0, done.stderr
         found |= {f"{ranks}: {case}": pair for case, pair in json.loads(file.read_text()).items()}
     return found

@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 
 from maestri.profiler import cli
 from maestri.profiler.peak import Peak
@@ -37,9 +37,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def profile(recipe: Path, *words: str, launcher: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, *launcher, "-m", "maestri.profiler.cli", "teachers", str(recipe), *words]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def profile(recipe: Path, *words: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
+    command = ["-m", "maestri.profiler.cli", "teachers", str(recipe), *words]
+    return warm_python.completed(warm_python.on_ranks(ranks, command, env=ENVIRONMENT), timeout=300)
 
 
 def test_teachers__none_one_and_two(recipe: Path, tmp_path: Path) -> None:
@@ -68,9 +68,8 @@ def test_teachers__none_one_and_two(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_teachers__two_ranks_with_a_flag_of_the_recipe(recipe: Path, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     words = ("--steps", "1", "--rounds", "3", "--batch-size", "4", "--encoder.depth", "1")
-    done = profile(recipe, *words, "--json", str(tmp_path / "found.json"), launcher=launcher)
+    done = profile(recipe, *words, "--json", str(tmp_path / "found.json"), ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The second teacher takes") == 1, "rank 0 alone prints"
     found = json.loads((tmp_path / "found.json").read_text())
