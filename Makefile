@@ -95,7 +95,7 @@ stamps: data/stamps/manifest.json
 
 test: $(TESTED)
 	@$(BIN)/python tools/typing_tree.py
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint format types imports spelling
 

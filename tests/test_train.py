@@ -20,6 +20,8 @@ from small_run import write_shards
 
 from maestri.engine.checkpoint import load_weights
 
+pytestmark = pytest.mark.long
+
 PROGRAM = Path(__file__).resolve().parents[1] / "train.py"
 CONFIG = """
 steps: 24

@@ -11,6 +11,8 @@ import pytest
 from prove_training import Watch
 from small_run import PROGRAM, RECIPE, difference, started, wait_until
 
+pytestmark = pytest.mark.long
+
 SCRIPT = PROGRAM.parent / "docs" / "clusters" / "train.sbatch"
 # Two nodes with a task each; like srun's, the exit code is the highest of them.
 SRUN = """#!/usr/bin/env bash

@@ -10,6 +10,8 @@ import pytest
 from prove_training import Watch, kill_at
 from small_run import Started, difference, on_ranks, started, wait_until
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def kept() -> Iterator[list[Started]]:

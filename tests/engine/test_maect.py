@@ -19,6 +19,8 @@ from maestri.model.maect_config import MaectConfig
 from maestri.model.method import Method
 from maestri.model.queue import NeighbourQueue
 
+pytestmark = pytest.mark.long
+
 PROGRAM = Path(__file__).parent / "maect_program.py"
 LIFE = "tune-1-fp32-2"
 ALONE = ["head-0-fp32-1", "tune-0-fp32-2"]

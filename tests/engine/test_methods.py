@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import warm_python
 
+pytestmark = pytest.mark.long
+
 PROGRAM = Path(__file__).parent / "methods_program.py"
 METHODS = ("maskcluster", "sdae", "dino", "ibot", "mocov3", "msn")  # test_ranks.py has PL-MAE, test_maect.py MAE-CT
 

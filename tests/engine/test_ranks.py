@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import warm_python
 
+pytestmark = pytest.mark.long
+
 PROGRAM = Path(__file__).parent / "ranks_program.py"
 ALONE = ["0-fp32-1", "0-bf16-1", "2-fp32-2"]
 TOGETHER = [f"{stage}-{precision}-1" for precision in ("fp32", "bf16") for stage in range(4)] + ["2-fp32-2"]

@@ -17,6 +17,8 @@ from maestri.pipelines.reader import Samples, TooManyBadSamples
 from maestri.pipelines.stages import Stages
 from maestri.pipelines.views import GLOBAL, LocalConfig, ViewsConfig, plan_views
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 NUM_BATCHES, SIZE = 6, 8
 CONFIGS = {

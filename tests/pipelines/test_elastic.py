@@ -12,6 +12,8 @@ import pytest
 
 from maestri.shards.convert import ConvertConfig, convert
 
+pytestmark = pytest.mark.long
+
 PROGRAM = Path(__file__).with_name("loader_program.py")
 GLOBAL_SIZE = 48
 

@@ -32,7 +32,7 @@ STALLS = ("store", "decode", "augment")
 """Whose verdict is looked at."""
 MOST_ROUNDS = 12
 """For them, on a machine that is too noisy for fewer."""
-STALL = 0.024
+STALL = 0.016
 """Seconds that an image is held up for them: a batch takes several times as long as the step, which other programs may
 slow down, and a sleep not."""
 READ: set[int] = set()
@@ -144,7 +144,6 @@ def main(folder: Path, cases: list[str]) -> None:
         while case in STALLS and found.verdict.startswith("Too noisy") and rounds < MOST_ROUNDS:
             rounds *= 2
             found = profiled(folder, case, ranks, rounds=rounds)
-        print(case, rounds, found.verdict, time.perf_counter())
         if ranks.is_main:
             (folder / f"{case} {ranks.world_size}.json").write_text(json.dumps(found.as_json()))
     distributed.leave(0, orderly=True)

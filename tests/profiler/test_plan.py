@@ -11,6 +11,8 @@ from maestri.engine.config_files import load_config
 from maestri.profiler import plan_cli
 from maestri.profiler.plan import Allowance, Forecast, make_plan
 
+pytestmark = pytest.mark.long
+
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "plan_memory.py"
 RECIPE = """
 data: {shards: nowhere}

@@ -1,11 +1,9 @@
 """Faults planted into a real step on real shards are found and named."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from small_run import write_shards
 
 from maestri.profiler.diff_cli import read_profile
@@ -15,7 +13,7 @@ from maestri.profiler.findings import UNNAMED, Profile, from_json
 PROGRAM = Path(__file__).parent / "planted_program.py"
 CONFIG = """
 steps: 1000
-data: {shards: shards, num_threads: 1}
+data: {shards: shards, num_threads: 1, prefetch: 1}
 views: {size: 32, interpolation: linear}
 encoder: {patch: 8, dim: 64, heads: 2, depth: 3}
 batch: {global_size: 8}
@@ -29,7 +27,10 @@ engine: {device: cpu, precision: fp32, threads: 1}
 """
 ALONE = ("healthy", "store", "page cache", "decode", "augment", "sleep", "wait", "deep", "leak")
 TOGETHER = ("rank",)
-pytestmark = pytest.mark.timeout(1000)  # all profiles, on a noisy machine some of them with more rounds
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.timeout(1000),  # all profiles, on a noisy machine some of them with more rounds
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,7 @@ def profiles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
     write_shards(folder, images=400)  # more than any mode reads
     (folder / "tiny.yaml").write_text(CONFIG)
     for ranks, cases in ((1, ALONE), (2, TOGETHER)):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []
-        command = [sys.executable, *launcher, str(PROGRAM), ".", *cases]
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800)
+        done = warm_python.completed(warm_python.on_ranks(ranks, [str(PROGRAM), ".", *cases], cwd=folder), timeout=800)
         assert done.returncode == 0, done.stderr
     return {path.stem: read_profile(path) for path in folder.glob("*.json")}
 

@@ -19,6 +19,8 @@ from maestri.study.entries import read_entries
 from maestri.study.works import FAILURE, JUDGEMENT
 from tests.study.small_study import STUDY, cost, write_study
 
+pytestmark = pytest.mark.long
+
 MAESTRI = Path(sys.executable).with_name("maestri")
 BROKEN = "      broken: {stages: {train: {recipe: mae.yaml, settings: {initial.file: nowhere.safetensors}}}}\n"
 PLMAE_ENTRY = "      plmae: {stages: {train: {recipe: plmae.yaml}}}\n"
