@@ -1,11 +1,9 @@
 """k-means clusters of frozen features, compared with classes."""
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from statistics import mean, stdev
-from typing import ClassVar
 
 import numpy as np
 import torch.nn.functional as F
@@ -20,11 +18,17 @@ from sklearn.metrics import (
 )
 from sklearn.metrics.cluster import contingency_matrix
 
-from maestri.evals.protocol import Accuracies, AccuracyReport, FeatureSets, LabelledFeatures, Setting
+from maestri.evals.protocol import (
+    MEASURES,
+    Accuracies,
+    ClusterReport,
+    FeatureSets,
+    LabelledFeatures,
+    Setting,
+    Spread,
+    Spreads,
+)
 from maestri.evals.sharing import shared_out
-
-MEASURES = ("accuracy", "NMI", "ARI", "AMI")
-"""Hungarian accuracy, normalised mutual information, adjusted Rand index and adjusted mutual information."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,33 +41,6 @@ class ClusterSettings:
     def __post_init__(self) -> None:
         if self.runs < 1:
             raise ValueError(f"runs is {self.runs}; it must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
-    """A measure over runs of k-means, in percent."""
-
-    mean: float
-    """Over runs."""
-    deviation: float
-    """Standard deviation over runs (n − 1); 0 for a single one."""
-    lowest_inertia: float
-    """Of the run whose images are nearest to their centres: what one would take without labels."""
-
-
-Spreads = Mapping[str, Mapping[str, Mapping[str, Spread]]]
-"""model → pooling → measure → spread."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClusterReport(AccuracyReport):
-    """Clusters': accuracies are Hungarian, means over runs; the setting is the number of clusters."""
-
-    setting: ClassVar[str] = "clusters"
-    holdout_measures: Spreads = field(default_factory=dict)
-    """All measures on held-out training images; empty without any."""
-    test_measures: Spreads = field(default_factory=dict)
-    """All measures on test images; empty without any."""
 
 
 def evaluate_clusters(sets: FeatureSets, settings: ClusterSettings, *, seed: int) -> ClusterReport:

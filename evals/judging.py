@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from maestri.evals.clustering import ClusterReport, ClusterSettings, evaluate_clusters
+from maestri.evals.clustering import ClusterSettings, evaluate_clusters
 from maestri.evals.knn import KnnSettings, evaluate_knn
 from maestri.evals.linear import LinearSettings, evaluate_linear
-from maestri.evals.lowshot import LowshotReport, LowshotSettings, evaluate_lowshot, labelled_rows
-from maestri.evals.protocol import FeatureSets
+from maestri.evals.lowshot import LowshotSettings, evaluate_lowshot, labelled_rows
+from maestri.evals.protocol import ClusterReport, FeatureSets, LowshotReport
 from maestri.evals.report import accuracy_summary, cluster_summary, lowshot_summary
 from maestri.evals.sheets import MARK, Sheet, accuracy_sheet, cluster_sheet, lowshot_sheet
 from maestri.shards.files import write_atomically

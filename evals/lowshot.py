@@ -2,11 +2,10 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from maestri.evals.protocol import Accuracies, AccuracyReport, FeatureSets, Setting
+from maestri.evals.protocol import Accuracies, FeatureSets, LowshotReport, Setting, StrengthReport
 from maestri.evals.sharing import shared_out
 from maestri.pipelines.selection import SelectionConfig, select_rows
 from maestri.shards.shard_set import ShardSet
@@ -51,23 +50,6 @@ class LowshotSettings:
             raise ValueError(f"strengths is {list(self.strengths)}; give at least one, each above 0")
         if not self.shots and not self.percent and not self.lists:
             raise ValueError("shots is empty and percent is 0; give one of them, or lists")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StrengthReport(AccuracyReport):
-    """Means over splits of one kind: settings are scikit-learn's C."""
-
-    setting: ClassVar[str] = "C"
-    holdout_deviation: Accuracies = field(default_factory=dict)
-    """Standard deviations over splits (n − 1), as ``holdout``; 0 for a single split."""
-    test_deviation: Accuracies = field(default_factory=dict)
-    """Likewise, as ``test``."""
-    num_images: tuple[int, ...] = ()
-    """Labelled images of each split."""
-
-
-LowshotReport = Mapping[str, StrengthReport]
-"""By kind of split: ``1-shot``, …, ``1 %``, or ``1,000 listed``."""
 
 
 def evaluate_lowshot(sets: FeatureSets, settings: LowshotSettings, *, shards: Path, seed: int) -> LowshotReport:

@@ -16,6 +16,8 @@ from maestri.evals.features import Table
 Setting = int | float
 Accuracies = Mapping[str, Mapping[str, Mapping[Setting, float]]]
 """model → pooling → setting → percent."""
+MEASURES = ("accuracy", "NMI", "ARI", "AMI")
+"""Hungarian accuracy, normalised mutual information, adjusted Rand index and adjusted mutual information."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,3 +119,47 @@ class KnnReport(AccuracyReport):
     """k-NN's: settings are numbers of neighbours."""
 
     setting: ClassVar[str] = "k"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StrengthReport(AccuracyReport):
+    """Means over splits of one kind: settings are scikit-learn's C."""
+
+    setting: ClassVar[str] = "C"
+    holdout_deviation: Accuracies = field(default_factory=dict)
+    """Standard deviations over splits (n − 1), as ``holdout``; 0 for a single split."""
+    test_deviation: Accuracies = field(default_factory=dict)
+    """Likewise, as ``test``."""
+    num_images: tuple[int, ...] = ()
+    """Labelled images of each split."""
+
+
+LowshotReport = Mapping[str, StrengthReport]
+"""By kind of split: ``1-shot``, …, ``1 %``, or ``1,000 listed``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """A measure over runs of k-means, in percent."""
+
+    mean: float
+    """Over runs."""
+    deviation: float
+    """Standard deviation over runs (n − 1); 0 for a single one."""
+    lowest_inertia: float
+    """Of the run whose images are nearest to their centres: what one would take without labels."""
+
+
+Spreads = Mapping[str, Mapping[str, Mapping[str, Spread]]]
+"""model → pooling → measure → spread."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterReport(AccuracyReport):
+    """Clusters': accuracies are Hungarian, means over runs; the setting is the number of clusters."""
+
+    setting: ClassVar[str] = "clusters"
+    holdout_measures: Spreads = field(default_factory=dict)
+    """All measures on held-out training images; empty without any."""
+    test_measures: Spreads = field(default_factory=dict)
+    """All measures on test images; empty without any."""

@@ -8,9 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from maestri.engine.logs import last_with_loss
-from maestri.evals.clustering import ClusterReport
-from maestri.evals.lowshot import LowshotReport
-from maestri.evals.protocol import AccuracyReport, KnnReport
+from maestri.evals.protocol import AccuracyReport, ClusterReport, KnnReport, LowshotReport
 from maestri.evals.sheets import accuracy_sheet
 from maestri.evals.sources import BASELINES
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from maestri.evals.clustering import MEASURES, ClusterReport
-from maestri.evals.lowshot import LowshotReport
-from maestri.evals.protocol import Accuracies, AccuracyReport, Setting
+from maestri.evals.protocol import MEASURES, Accuracies, AccuracyReport, ClusterReport, LowshotReport, Setting
 
 MARK = "▸"
 SPLITS = {"holdout": "held-out", "test": "test"}

@@ -22,8 +22,8 @@ from maestri.engine.errors import CheckpointError
 from maestri.evals.features import Extractor, ImageSettings, encoder_extractor, extract_features, raw_pixels
 from maestri.evals.knn import KnnSettings, evaluate_knn
 from maestri.evals.linear import LinearSettings, evaluate_linear
-from maestri.evals.lowshot import StrengthReport, evaluate_lowshot
-from maestri.evals.protocol import AccuracyReport, FeatureSets
+from maestri.evals.lowshot import evaluate_lowshot
+from maestri.evals.protocol import AccuracyReport, FeatureSets, StrengthReport
 from maestri.evals.sets import read_features, read_labels
 from maestri.evals.sharing import FAILURES
 from maestri.evals.sources import RANDOM_INIT, RAW_PIXELS, saved_encoders, untrained_encoder

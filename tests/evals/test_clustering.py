@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from maestri.evals.clustering import MEASURES, ClusterSettings, cluster_measures, evaluate_clusters, hungarian_accuracy
-from maestri.evals.protocol import FeatureSets, LabelledFeatures
+from maestri.evals.clustering import ClusterSettings, cluster_measures, evaluate_clusters, hungarian_accuracy
+from maestri.evals.protocol import MEASURES, FeatureSets, LabelledFeatures
 
 
 def test_hungarian_accuracy__is_that_of_the_best_renaming():
