@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import platform
 import subprocess
@@ -82,7 +83,8 @@ def _read(
         raise ValueError(f"there is no configuration {path}")
     try:
         given = [_nested(name, value) for name, value in settings.items()]
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), *given)
+        defaults = _defaults(schema)  # type: ignore[arg-type]  # mypy takes a class of dataclasses for unhashable
+        merged = OmegaConf.merge(defaults, OmegaConf.load(path), *given)
         for name in OmegaConf.missing_keys(merged):  # a whole section first, then the fields that it lacks
             if any(path.startswith(f"{name}.") for path in known):
                 merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([f"{name}={{}}"]))
@@ -108,6 +110,12 @@ def _read(
     except ValueError as error:  # a range check of the configuration itself
         raise ValueError(f"{path}: {_first_line(error)}") from None
     return config
+
+
+@functools.cache
+def _defaults(schema: type) -> Any:
+    """Returns a schema's defaults and types, to merge others over; made once, which takes as long as all the rest."""
+    return OmegaConf.structured(schema)
 
 
 def _nested(name: str, value: Any) -> dict[str, Any]:

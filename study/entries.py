@@ -160,11 +160,12 @@ def settings_of(study: StudyConfig, of_set: SetConfig, given: StageConfig) -> di
 
 
 def _check_equal(entries: Sequence[Entry]) -> None:
-    first = entries[0].stages[0]
+    first = as_plain(entries[0].stages[0].config)
     for entry in entries:
         for stage in entry.stages:
+            plain = as_plain(stage.config)
             for name in EQUAL:
-                for path, was, now in _differences(name, _field(first.config, name), _field(stage.config, name)):
+                for path, was, now in _differences(name, _field(first, name), _field(plain, name)):
                     raise ValueError(
                         f"sets.{entry.set_name}: {path} is {was} in entry '{entries[0].name}' and {now} in entry "
                         f"'{entry.name}' (stage '{stage.name}'); a comparison needs it equal"
@@ -180,8 +181,8 @@ def _differences(path: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]
         yield path, was, now
 
 
-def _field(config: RunConfig, path: str) -> Any:
-    found: Any = as_plain(config)
+def _field(plain: Mapping[str, Any], path: str) -> Any:
+    found: Any = plain
     for name in path.split("."):
         found = found[name]
     return found
