@@ -2,8 +2,8 @@
 
 Importing torch, torchvision, timm and DeepSpeed takes five to ten seconds of a core.  A server imports them once and
 forks for each program, which then finds its own arguments, folder, environment and output, imports this project
-itself, and has an exit code and a process id as any other; it can be killed.  What it does not see are the libraries
-being imported: tests of that start a Python of their own.
+itself, and has an exit code and a process id as any other; it can be killed.  It sees no GPU, and not the libraries being
+imported: tests of these start a Python of their own.
 """
 
 import atexit
@@ -43,6 +43,8 @@ LIBRARIES = (
 )
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Read when libraries are loaded: what a program says of them comes too late.  A server of one thread can be forked."""
+NO_GPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+"""A process that has spoken to a GPU can't be forked: these programs run on the CPU."""
 LARGEST = 2**20
 """Bytes of a message."""
 
@@ -113,7 +115,7 @@ def ended_children() -> list[tuple[int, int]]:
 def run_program(asked: Mapping[str, Any]) -> None:
     """Runs a program as ``python PROGRAM …`` or ``python -m MODULE …`` would, in this process."""
     os.environ.clear()
-    os.environ.update(asked["environment"])
+    os.environ.update(asked["environment"] | NO_GPU)
     os.chdir(asked["folder"])
     if asked["file_bytes"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (asked["file_bytes"],) * 2)
@@ -201,7 +203,7 @@ class Server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = subprocess.Popen(
             [sys.executable, __file__, str(theirs.fileno())],
-            env=os.environ | THREADS | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
+            env=os.environ | THREADS | NO_GPU | {"PYTHONPATH": os.pathsep.join(sys.path)},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
