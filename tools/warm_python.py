@@ -2,8 +2,8 @@
 
 Importing torch, torchvision, timm and DeepSpeed takes five to ten seconds of a core.  A server imports them once and
 forks for each program, which then finds its own arguments, folder, environment and output, imports this project
-itself, and has an exit code and a process id as any other; it can be killed.  It sees no GPU, and not the libraries being
-imported: tests of these start a Python of their own.
+itself, and has an exit code and a process id as any other; it can be killed.  It sees no GPU, and not the libraries
+being imported: tests of these start a Python of their own.
 """
 
 import atexit
