@@ -95,7 +95,8 @@ stamps: data/stamps/manifest.json
 
 test: $(TESTED)
 	@$(BIN)/python tools/typing_tree.py
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	    --durations 20 --durations-min 10 $(ARGS)
 
 check: lint format types imports spelling
 
